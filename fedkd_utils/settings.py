@@ -1,0 +1,93 @@
+"""Every knob of the course in one frozen object, with three instances: quick, reference and paper."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+CLASS_NAMES = ("background", "femoral", "tibial", "patellar")
+CARTILAGES = (1, 2, 3)
+SETTINGS_OF_CLIENTS = ("paper_like", "heterogeneous")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One profile of the course. Shapes are (slices, anterior-posterior, inferior-superior) in RAS order."""
+
+    name: str
+    # The common grid on which every network works.
+    grid_shape: tuple[int, int, int]
+    grid_spacing_mm: tuple[float, float, float]
+    # Who has what (numbers of volumes).
+    repository_training: int
+    repository_validation: int
+    repository_test: int
+    clients: int
+    client_labelled: int
+    client_unlabelled: int
+    client_validation: int
+    client_test: int
+    # Networks.
+    architecture: str  # "unet" or "vnet"
+    channels: tuple[int, ...]  # of the UNet; ignored by the V-Net
+    dropout: float
+    # Teacher pretraining.
+    teacher_steps: int
+    teacher_learning_rate: float
+    # The federation.
+    rounds: int
+    local_epochs: int
+    steps_per_epoch: int
+    batch_labelled: int
+    batch_unlabelled: int
+    learning_rate: float
+    weight_decay: float
+    # Distillation (see fedkd_utils/losses.py for the equations).
+    response_weight: float  # lambda_max
+    feature_weight: float  # beta
+    feature_temperature: float
+    teacher_passes: (
+        int  # M, the stochastic teacher predictions behind the uncertainty mask
+    )
+
+
+QUICK = Settings(
+    name="quick",
+    grid_shape=(20, 80, 80),
+    grid_spacing_mm=(4.0, 1.2, 1.2),
+    repository_training=24,
+    repository_validation=4,
+    repository_test=4,
+    clients=4,
+    client_labelled=2,
+    client_unlabelled=8,
+    client_validation=2,
+    client_test=4,
+    architecture="unet",
+    channels=(16, 32, 64, 128),
+    dropout=0.1,
+    teacher_steps=500,
+    teacher_learning_rate=3e-3,
+    rounds=6,
+    local_epochs=2,
+    steps_per_epoch=8,
+    batch_labelled=2,
+    batch_unlabelled=2,
+    learning_rate=3e-3,
+    weight_decay=1e-4,
+    response_weight=0.1,
+    feature_weight=1.0,
+    feature_temperature=1.0,
+    teacher_passes=8,
+)
+
+
+def cache_folder() -> Path:
+    """The folder of everything that is made on first use: ``data/cache``, or ``$FEDKD_CACHE`` when set."""
+    named = os.environ.get("FEDKD_CACHE")
+    return (
+        Path(named)
+        if named
+        else Path(__file__).resolve().parent.parent / "data" / "cache"
+    )
