@@ -57,27 +57,19 @@ TISSUES = (
 #: Label value (0 background, 1 femoral, 2 tibial, 3 patellar cartilage) of every tissue code.
 LABEL_OF_TISSUE = np.array([0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0], dtype=np.uint8)
 
-#: What manual label maps of real knees say (68 knees: volumes in ml; one knee: extents LR x AP x SI in mm; local
-#: thickness in mm, 10th to 90th percentile).
+#: What manual label maps of real knees say. ``mean_ml`` and ``range_ml``: volumes over 68 knees (the range is known for
+#: the femur only). ``one_knee_ml`` and ``extent_mm`` (LR, AP, SI): one right knee. ``thickness_mm``: 10th and 90th
+#: percentile of the local thickness.
 LITERATURE: dict[str, dict[str, tuple[float, ...]]] = {
     "femoral": {
         "mean_ml": (11.9,),
         "range_ml": (7.5, 20.9),
+        "one_knee_ml": (11.9,),
         "extent_mm": (71, 65, 42),
         "thickness_mm": (1.5, 3.0),
     },
-    "tibial": {
-        "mean_ml": (4.4,),
-        "range_ml": (2.5, 7.5),
-        "extent_mm": (71, 41, 10),
-        "thickness_mm": (1.5, 4.0),
-    },
-    "patellar": {
-        "mean_ml": (2.8,),
-        "range_ml": (1.2, 5.0),
-        "extent_mm": (39, 13, 31),
-        "thickness_mm": (1.5, 5.0),
-    },
+    "tibial": {"mean_ml": (4.4,), "one_knee_ml": (3.8,), "extent_mm": (71, 41, 10), "thickness_mm": (1.5, 4.0)},
+    "patellar": {"mean_ml": (2.8,), "one_knee_ml": (1.2,), "extent_mm": (39, 13, 31), "thickness_mm": (1.5, 5.0)},
 }
 
 LATTICE_MM = 2.0
@@ -116,14 +108,14 @@ def draw_knee(subject_seed: int) -> Knee:
     """Draw the knee of one subject. The same seed gives the same knee, whatever else was drawn before."""
     rng = np.random.default_rng([0x4B4E4545, subject_seed])
     female = rng.random() < 0.5
-    size = (0.95 if female else 1.03) * np.exp(
-        rng.normal(0, 0.04) + rng.normal(0, 0.02, 3)
+    size = (0.955 if female else 1.03) * np.exp(
+        rng.normal(0, 0.036) + rng.normal(0, 0.02, 3)
     )
     arthritis = rng.beta(1.0, 2.5)  # most knees are healthy, some are worn
     thickness = (
-        np.array([2.15, 2.95, 3.9])
-        * np.exp(rng.normal(0, 0.09) + rng.normal(0, 0.07, 3))
-        * (1 - 0.2 * arthritis)
+        np.array([2.15, 3.0, 4.0])
+        * np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.06, 3))
+        * (1 - 0.15 * arthritis)
     )
     n_lesions = rng.poisson(1.0 + 5.0 * arthritis)
     sites = np.array(
@@ -143,8 +135,8 @@ def draw_knee(subject_seed: int) -> Knee:
         [
             sites[rng.integers(len(sites), size=n_lesions)]
             + rng.normal(0, 5.0, (n_lesions, 3)),
-            rng.uniform(4.0, 11.0, n_lesions),
-            rng.uniform(0.35, 1.25, n_lesions),
+            rng.uniform(4.0, 9.5, n_lesions),
+            rng.uniform(0.3, 1.15, n_lesions),
         ]
     )
     return Knee(
@@ -522,6 +514,8 @@ def tissue_map(
     Returns:
         uint8 array of the given shape, in RAS order (a left knee has its lateral side at low x).
     """
+    if min(shape) < 2 or min(spacing_mm) <= 0:
+        raise ValueError(f"a lattice needs at least 2 voxels and a positive spacing along each axis, got {shape}, {spacing_mm}")
     pose = pose or Pose()
     extent = [(n - 1) * s for n, s in zip(shape, spacing_mm, strict=True)]
     nodes = [max(int(np.ceil(e / LATTICE_MM)) + 1, 2) for e in extent]
