@@ -130,7 +130,7 @@ def uncertainty_mask(entropy: Tensor, progress: float, n_classes: int) -> Tensor
     """m = 1[H < (0.75 + 0.25 r(t, 1)) ln C]: (B, ...) nats -> (B, ...) bool, True where the teacher is
     trusted.
     """
-    return entropy.detach() < uncertainty_threshold(progress, n_classes)
+    return entropy < uncertainty_threshold(progress, n_classes)
 
 
 def response_distillation(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:

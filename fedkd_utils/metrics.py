@@ -230,8 +230,8 @@ def _masks(prediction: ArrayLike, truth: ArrayLike) -> tuple[Mask, Mask]:
 def _check_shapes(prediction: NDArray[Any], truth: NDArray[Any]) -> None:
     if prediction.shape != truth.shape:
         raise ValueError(
-            f"The prediction has shape {prediction.shape} and the truth {truth.shape}: bring the prediction to "
-            "the truth's own grid first."
+            f"The prediction has shape {prediction.shape} and the truth {truth.shape}: bring the prediction "
+            "to the truth's own grid first."
         )
 
 
