@@ -399,13 +399,19 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
     residual = sequence.fat_residual * torch.exp(
         0.5 * _smooth_field(rng, shape, scanner.spacing_mm, 50.0)
     )
-    image = average(water * grain) + average(fat * grain) * residual.clamp(max=1.0)
+    # Septa, vessels and oedema: the little water in fat and marrow is uneven, which fat suppression lays bare.
+    fatty = torch.zeros(len(TISSUE_MR))
+    fatty[[anatomy.FAT, anatomy.MARROW]] = 4.0
+    water = water * grain * torch.exp(fatty[codes] * (grain - 1))
+    image = average(water) + average(fat * grain) * residual.clamp(max=1.0)
     image = _truncate_k_space(image, scanner.k_space)
     bright = float(torch.quantile(image.flatten()[::7], 0.97))
 
     axes = [torch.linspace(-1, 1, n) for n in shape]
     tilt = rng.normal(0, 0.5, 3)
-    bias = sum(
+    # A knee coil is most sensitive near its wall: brighter skin and muscle than joint.
+    wall = 0.45 * (axes[1].reshape(1, -1, 1) ** 2 + axes[2].reshape(1, 1, -1) ** 2)
+    bias = wall + sum(
         float(t) * a.reshape([-1 if i == j else 1 for j in range(3)])
         for i, (t, a) in enumerate(zip(tilt, axes, strict=True))
     )

@@ -444,31 +444,23 @@ def _fields(
     # Muscles, vessels and the outline of the leg.
     b = knee.girth[1]
     muscles = [
-        _capsule(p, (-27, 20, 50), (-34, 20, 150), (13 * b, 26 * b)),  # vastus medialis
-        _capsule(p, (28, 22, 64), (34, 18, 150), (12 * b, 24 * b)),  # vastus lateralis
+        _capsule(p, (-28, 20, 46), (-34, 20, 150), (15 * b, 26 * b)),  # vastus medialis
+        _capsule(p, (29, 22, 60), (34, 18, 150), (13 * b, 24 * b)),  # vastus lateralis
         _capsule(p, (0, 27, 84), (0, 30, 150), (7 * b, 18 * b)),  # vastus intermedius
-        _capsule(
-            p, (-28, -42, 28), (-22, -38, 150), (9 * b, 19 * b)
-        ),  # semimembranosus
-        _capsule(p, (31, -36, 20), (24, -38, 150), (6 * b, 17 * b)),  # biceps femoris
-        _capsule(
-            q, (-18, -43, 26), (-20, -42, -110), (10 * b, 23 * b)
-        ),  # gastrocnemius, medial head
-        _capsule(
-            q, (18, -43, 24), (20, -42, -110), (10 * b, 22 * b)
-        ),  # gastrocnemius, lateral head
-        _capsule(
-            q, (-4, -26, -26), (6, -26, -110), (7 * b, 19 * b)
-        ),  # popliteus and soleus
-        _capsule(
-            q, (27, 8, -34), (27, 6, -110), (5 * b, 15 * b)
-        ),  # anterior compartment
+        _capsule(p, (-27, -42, 22), (-20, -36, 150), (12 * b, 21 * b)),  # semimembranosus
+        _capsule(p, (30, -37, 18), (22, -36, 150), (9 * b, 19 * b)),  # biceps femoris
+        _capsule(q, (-19, -45, 30), (-20, -42, -110), (13 * b, 24 * b)),  # gastrocnemius, medial head
+        _capsule(q, (19, -45, 28), (20, -42, -110), (13 * b, 23 * b)),  # gastrocnemius, lateral head
+        _capsule(q, (-4, -27, -22), (6, -26, -110), (9 * b, 19 * b)),  # popliteus and soleus
+        _capsule(q, (27, 8, -34), (27, 6, -110), (5 * b, 15 * b)),  # anterior compartment
     ]
     f["muscle"] = np.minimum.reduce(muscles).astype(np.float32)
-    f["blood"] = np.minimum(
-        _capsule(q_in, (2, -47, -60), (0, -45, 90), 3.2),
-        _capsule(q_in, (-6, -53, -60), (-5, -52, 90), 3.6),
-    )
+    veins = np.random.default_rng([0x5645494E, knee.subject_seed])
+    vessels = [_capsule(q_in, (2, -47, -60), (0, -45, 90), 3.2), _capsule(q_in, (-6, -53, -60), (-5, -52, 90), 3.6)]
+    for turn in veins.uniform(0, 2 * np.pi, 4):  # veins under the skin
+        x, y, drift = 47 * np.cos(turn), 3 + 47 * np.sin(turn), veins.normal(0, 12)
+        vessels.append(_capsule(p, (x, y, -60), (x + drift, y + veins.normal(0, 6), 90), veins.uniform(1.0, 2.0)))
+    f["blood"] = np.minimum.reduce(vessels).astype(np.float32)
     front = (
         41
         + 21 * np.exp(-(((p[2] - centre[2]) / 30) ** 2))
@@ -579,6 +571,7 @@ def _classify(f: dict[str, Array]) -> NDArray[np.uint8]:
     tissue = np.full(leg.shape, AIR, dtype=np.uint8)
     tissue[leg < 0] = SKIN
     tissue[leg < -1.6] = FAT
+    tissue[np.abs(leg + 6.0) < 0.5] = SKIN  # the fascia, a thin sheet in the fat
     tissue[(f["muscle"] < 0) & (leg < -5.0)] = MUSCLE
     tissue[f["blood"] < 0] = BLOOD
     tissue[f["fluid"] < 0] = FLUID
