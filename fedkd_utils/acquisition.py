@@ -43,9 +43,7 @@ TISSUE_MR: tuple[TissueMR, ...] = (
     TissueMR(0.06, 0.86, 371, 133, 60, 0.13),  # fat (Gold: subcutaneous)
     TissueMR(0.75, 0.02, 1420, 32, 60, 0.14),  # muscle (Gold)
     TissueMR(0.12, 0.0, 500, 1.5, 5, 0.1),  # cortical bone: chosen
-    TissueMR(
-        0.10, 0.72, 365, 133, 20, 0.12
-    ),  # marrow (Gold); short T2' beside trabeculae: chosen
+    TissueMR(0.10, 0.72, 365, 133, 20, 0.12),  # marrow (Gold); short T2' beside trabeculae: chosen
     TissueMR(0.72, 0.0, 1240, 37, 70, 0.08),  # femoral cartilage (Gold)
     TissueMR(0.72, 0.0, 1240, 37, 70, 0.08),  # tibial cartilage
     TissueMR(0.72, 0.0, 1240, 37, 70, 0.08),  # patellar cartilage
@@ -104,19 +102,9 @@ def dess_echoes(
     """
     a = np.deg2rad(flip_deg)
     e1, e2 = np.exp(-tr_ms / t1_ms), np.exp(-tr_ms / t2_ms)
-    r = np.sqrt(
-        (1 - e2**2) / ((1 - e1 * np.cos(a)) ** 2 - e2**2 * (e1 - np.cos(a)) ** 2)
-    )
-    fisp = (
-        np.tan(a / 2)
-        * (1 - (e1 - np.cos(a)) * r)
-        * np.exp(-te_ms * (1 / t2_ms + 1 / t2_prime_ms))
-    )
-    psif = (
-        np.tan(a / 2)
-        * (1 - (1 - e1 * np.cos(a)) * r)
-        * np.exp(te_ms * (1 / t2_ms - 1 / t2_prime_ms))
-    )
+    r = np.sqrt((1 - e2**2) / ((1 - e1 * np.cos(a)) ** 2 - e2**2 * (e1 - np.cos(a)) ** 2))
+    fisp = np.tan(a / 2) * (1 - (e1 - np.cos(a)) * r) * np.exp(-te_ms * (1 / t2_ms + 1 / t2_prime_ms))
+    psif = np.tan(a / 2) * (1 - (1 - e1 * np.cos(a)) * r) * np.exp(te_ms * (1 / t2_ms - 1 / t2_prime_ms))
     return float(fisp), float(psif)
 
 
@@ -126,23 +114,13 @@ def signal(sequence: Sequence, t1_ms: float, t2_ms: float, t2_prime_ms: float) -
     if s.kind == "spin echo":
         return spin_echo(s.tr_ms, s.te_ms, t1_ms, t2_ms)
     if s.kind == "gradient echo":
-        return spoiled_gradient_echo(
-            s.tr_ms, s.te_ms, s.flip_deg, t1_ms, t2_ms, t2_prime_ms
-        )
+        return spoiled_gradient_echo(s.tr_ms, s.te_ms, s.flip_deg, t1_ms, t2_ms, t2_prime_ms)
     if s.kind == "dess":
-        return float(
-            np.hypot(
-                *dess_echoes(s.tr_ms, s.te_ms, s.flip_deg, t1_ms, t2_ms, t2_prime_ms)
-            )
-        )
-    raise ValueError(
-        f"unknown kind of sequence {s.kind!r}: use 'spin echo', 'gradient echo' or 'dess'"
-    )
+        return float(np.hypot(*dess_echoes(s.tr_ms, s.te_ms, s.flip_deg, t1_ms, t2_ms, t2_prime_ms)))
+    raise ValueError(f"unknown kind of sequence {s.kind!r}: use 'spin echo', 'gradient echo' or 'dess'")
 
 
-def tissue_signals(
-    sequence: Sequence, jitter: NDArray[np.float64] | None = None
-) -> NDArray[np.float64]:
+def tissue_signals(sequence: Sequence, jitter: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
     """Water and fat signal of every tissue: array (tissues, 2), the fat share before suppression.
 
     Args:
@@ -153,21 +131,13 @@ def tissue_signals(
     for code, tissue in enumerate(TISSUE_MR):
         density, t1, t2 = (1.0, 1.0, 1.0) if jitter is None else jitter[code]
         out[code, 0] = (
-            density
-            * tissue.water
-            * signal(sequence, tissue.t1_ms * t1, tissue.t2_ms * t2, tissue.t2_prime_ms)
+            density * tissue.water * signal(sequence, tissue.t1_ms * t1, tissue.t2_ms * t2, tissue.t2_prime_ms)
         )
-        out[code, 1] = (
-            density
-            * tissue.fat
-            * signal(sequence, FAT_T1_MS, FAT_T2_MS * t2, tissue.t2_prime_ms)
-        )
+        out[code, 1] = density * tissue.fat * signal(sequence, FAT_T1_MS, FAT_T2_MS * t2, tissue.t2_prime_ms)
     # Marrow and fat have no separate water pool to speak of: their water relaxes like muscle's.
     for code in (anatomy.FAT, anatomy.MARROW):
         muscle = TISSUE_MR[anatomy.MUSCLE]
-        water = TISSUE_MR[code].water * signal(
-            sequence, muscle.t1_ms, muscle.t2_ms, TISSUE_MR[code].t2_prime_ms
-        )
+        water = TISSUE_MR[code].water * signal(sequence, muscle.t1_ms, muscle.t2_ms, TISSUE_MR[code].t2_prime_ms)
         out[code, 0] = water if jitter is None else water * jitter[code, 0]
     return out
 
@@ -179,15 +149,11 @@ class Scanner:
     name: str
     title: str
     sequence: Sequence | None  # None: a new random sequence for every scan
-    shape: tuple[
-        int, int, int
-    ]  # voxels along left-right (the slices), posterior-anterior, inferior-superior
+    shape: tuple[int, int, int]  # voxels along left-right (the slices), posterior-anterior, inferior-superior
     spacing_mm: tuple[float, float, float]
     noise: float = 0.03  # standard deviation of the noise in either channel, relative to the bright tissue
     bias: float = 0.25  # strength of the coil's bias field (natural log units)
-    k_space: float = (
-        0.85  # share of the in-plane k-space that is acquired; the rest is zero-filled
-    )
+    k_space: float = 0.85  # share of the in-plane k-space that is acquired; the rest is zero-filled
     orientation: str = "RAS"  # axis codes of the stored array
 
 
@@ -274,9 +240,7 @@ class Scan:
     """An image with its labels, as the scanner stores it."""
 
     image: NDArray[np.float32]  # (X, Y, Z) in the scanner's array orientation
-    label: NDArray[
-        np.uint8
-    ]  # same shape: 0 background, 1 femoral, 2 tibial, 3 patellar cartilage
+    label: NDArray[np.uint8]  # same shape: 0 background, 1 femoral, 2 tibial, 3 patellar cartilage
     affine: NDArray[np.float64]  # (4, 4) voxel index -> RAS mm
     side: str
     sequence: Sequence
@@ -285,11 +249,7 @@ class Scan:
 def random_sequence(rng: np.random.Generator) -> Sequence:
     """A sequence drawn from the whole family of signal equations: the randomised-contrast repository."""
     kind = rng.choice(np.array(["spin echo", "spin echo", "gradient echo", "dess"]))
-    fat = (
-        float(rng.uniform(0.02, 0.2))
-        if rng.random() < 0.5
-        else float(rng.uniform(0.6, 1.0))
-    )
+    fat = float(rng.uniform(0.02, 0.2)) if rng.random() < 0.5 else float(rng.uniform(0.6, 1.0))
     if kind == "spin echo":
         return Sequence(
             "spin echo",
@@ -322,14 +282,9 @@ def _smooth_field(
     scale_mm: float,
 ) -> torch.Tensor:
     """A smooth random field of about unit spread, with a correlation length of about ``scale_mm``."""
-    nodes = tuple(
-        max(int(np.ceil(n * s / scale_mm)) + 2, 2)
-        for n, s in zip(shape, spacing, strict=True)
-    )
+    nodes = tuple(max(int(np.ceil(n * s / scale_mm)) + 2, 2) for n, s in zip(shape, spacing, strict=True))
     coarse = torch.from_numpy(rng.standard_normal(nodes, dtype=np.float32))[None, None]
-    return torch.nn.functional.interpolate(
-        coarse, size=shape, mode="trilinear", align_corners=True
-    )[0, 0]
+    return torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0, 0]
 
 
 def _truncate_k_space(image: torch.Tensor, share: float) -> torch.Tensor:
@@ -358,10 +313,7 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
     pose = Pose(tuple(rng.normal(0, 4, 3)), tuple(rng.normal(0, [2.5, 4, 5])))
 
     # Sub-voxels: about 1 mm across slices, 0.6 mm in the plane, so that thick slices blur what they cut obliquely.
-    sub = [
-        max(round(s / t), 1)
-        for s, t in zip(scanner.spacing_mm, (1.0, 0.55, 0.55), strict=True)
-    ]
+    sub = [max(round(s / t), 1) for s, t in zip(scanner.spacing_mm, (1.0, 0.55, 0.55), strict=True)]
     fine_shape = (
         scanner.shape[0] * sub[0],
         scanner.shape[1] * sub[1],
@@ -376,18 +328,14 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
 
     spread = np.array([0.06, 0.08, 0.10]) * (2.0 if randomised else 1.0)
     jitter = np.exp(subject.normal(0, 1, (len(TISSUE_MR), 3)) * spread)
-    jitter[anatomy.FEMORAL : anatomy.PATELLAR + 1] = (
-        jitter[anatomy.FEMORAL] ** 0.5
-    )  # cartilage is one tissue
+    jitter[anatomy.FEMORAL : anatomy.PATELLAR + 1] = jitter[anatomy.FEMORAL] ** 0.5  # cartilage is one tissue
     values = tissue_signals(sequence, jitter)
     if sequence.kind == "spin echo":
         values[anatomy.BLOOD] *= rng.uniform(0.05, 0.5)  # flow void
     codes = torch.from_numpy(tissue.astype(np.int64))
     water = torch.from_numpy(values[:, 0].astype(np.float32))[codes]
     fat = torch.from_numpy(values[:, 1].astype(np.float32))[codes]
-    grain = 0.75 * _smooth_field(rng, fine_shape, fine_mm, 2.5) + 0.65 * _smooth_field(
-        rng, fine_shape, fine_mm, 9.0
-    )
+    grain = 0.75 * _smooth_field(rng, fine_shape, fine_mm, 2.5) + 0.65 * _smooth_field(rng, fine_shape, fine_mm, 9.0)
     texture = torch.tensor([t.texture for t in TISSUE_MR])[codes]
     grain = (1 + texture * grain).clamp_(min=0.2)
 
@@ -396,9 +344,7 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
 
     # Fat suppression fails smoothly towards the edge of the field of view.
     shape = scanner.shape
-    residual = sequence.fat_residual * torch.exp(
-        0.5 * _smooth_field(rng, shape, scanner.spacing_mm, 50.0)
-    )
+    residual = sequence.fat_residual * torch.exp(0.5 * _smooth_field(rng, shape, scanner.spacing_mm, 50.0))
     # Septa, vessels and oedema: the little water in fat and marrow is uneven, which fat suppression lays bare.
     fatty = torch.zeros(len(TISSUE_MR))
     fatty[[anatomy.FAT, anatomy.MARROW]] = 4.0
@@ -415,18 +361,9 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
         float(t) * a.reshape([-1 if i == j else 1 for j in range(3)])
         for i, (t, a) in enumerate(zip(tilt, axes, strict=True))
     )
-    image = image * torch.exp(
-        scanner.bias
-        * (bias + 0.7 * _smooth_field(rng, shape, scanner.spacing_mm, 60.0))
-    )
-    noise = (
-        scanner.noise
-        * bright
-        * (rng.uniform(0.5, 1.8) if randomised else rng.uniform(0.8, 1.25))
-    )
-    channels = (
-        torch.from_numpy(rng.standard_normal((2, *shape), dtype=np.float32)) * noise
-    )
+    image = image * torch.exp(scanner.bias * (bias + 0.7 * _smooth_field(rng, shape, scanner.spacing_mm, 60.0)))
+    noise = scanner.noise * bright * (rng.uniform(0.5, 1.8) if randomised else rng.uniform(0.8, 1.25))
+    channels = torch.from_numpy(rng.standard_normal((2, *shape), dtype=np.float32)) * noise
     image = torch.sqrt((image + channels[0]) ** 2 + channels[1] ** 2) / bright
 
     # The class that fills most of the voxel.
@@ -444,12 +381,8 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
     )
     affine = affine @ nib.orientations.inv_ornt_aff(turn, shape)
     return Scan(
-        image=np.ascontiguousarray(
-            nib.orientations.apply_orientation(image.numpy().astype(np.float32), turn)
-        ),
-        label=np.ascontiguousarray(
-            nib.orientations.apply_orientation(voted.numpy(), turn)
-        ),
+        image=np.ascontiguousarray(nib.orientations.apply_orientation(image.numpy().astype(np.float32), turn)),
+        label=np.ascontiguousarray(nib.orientations.apply_orientation(voted.numpy(), turn)),
         affine=affine,
         side=knee.side,
         sequence=sequence,

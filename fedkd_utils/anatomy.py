@@ -82,9 +82,7 @@ class Knee:
     subject_seed: int
     side: str  # "left" or "right"
     size: NDArray[np.float64]  # (3,) scale of the whole joint along x, y, z
-    condyle: NDArray[
-        np.float64
-    ]  # (10, 3) relative radii of the ten bodies of the femur
+    condyle: NDArray[np.float64]  # (10, 3) relative radii of the ten bodies of the femur
     notch_width: float  # relative width of the intercondylar notch
     groove: float  # mm, depth added to the trochlear groove
     flexion_deg: float
@@ -93,12 +91,8 @@ class Knee:
     tibia: NDArray[np.float64]  # (2,) relative width and depth of the plateau
     patella: NDArray[np.float64]  # (3,) relative radii
     patella_shift_mm: NDArray[np.float64]  # (3,)
-    thickness_mm: NDArray[
-        np.float64
-    ]  # (3,) femoral, tibial, patellar cartilage where they are not thinned
-    lesions: NDArray[
-        np.float64
-    ]  # (n, 5) centre x, y, z (mm), radius (mm), depth (share of the thickness lost)
+    thickness_mm: NDArray[np.float64]  # (3,) femoral, tibial, patellar cartilage where they are not thinned
+    lesions: NDArray[np.float64]  # (n, 5) centre x, y, z (mm), radius (mm), depth (share of the thickness lost)
     effusion: float  # 0 dry .. 1 swollen
     girth: NDArray[np.float64]  # (2,) relative leg girth, muscle bulk
     meniscus: float  # relative height of the menisci
@@ -108,14 +102,10 @@ def draw_knee(subject_seed: int) -> Knee:
     """Draw the knee of one subject. The same seed gives the same knee, whatever else was drawn before."""
     rng = np.random.default_rng([0x4B4E4545, subject_seed])
     female = rng.random() < 0.5
-    size = (0.955 if female else 1.03) * np.exp(
-        rng.normal(0, 0.036) + rng.normal(0, 0.02, 3)
-    )
+    size = (0.955 if female else 1.03) * np.exp(rng.normal(0, 0.036) + rng.normal(0, 0.02, 3))
     arthritis = rng.beta(1.0, 2.5)  # most knees are healthy, some are worn
     thickness = (
-        np.array([2.15, 3.0, 4.0])
-        * np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.06, 3))
-        * (1 - 0.15 * arthritis)
+        np.array([2.15, 3.0, 4.0]) * np.exp(rng.normal(0, 0.08) + rng.normal(0, 0.06, 3)) * (1 - 0.15 * arthritis)
     )
     n_lesions = rng.poisson(1.0 + 5.0 * arthritis)
     sites = np.array(
@@ -133,8 +123,7 @@ def draw_knee(subject_seed: int) -> Knee:
     )
     lesions = np.column_stack(
         [
-            sites[rng.integers(len(sites), size=n_lesions)]
-            + rng.normal(0, 5.0, (n_lesions, 3)),
+            sites[rng.integers(len(sites), size=n_lesions)] + rng.normal(0, 5.0, (n_lesions, 3)),
             rng.uniform(4.0, 9.5, n_lesions),
             rng.uniform(0.3, 1.15, n_lesions),
         ]
@@ -171,9 +160,7 @@ def _ellipsoid(
     """First-order signed distance (mm) to an ellipsoid, negative inside."""
     q = [(p[i] - np.float32(centre[i])) / np.float32(radii[i]) for i in range(3)]
     k0 = np.sqrt(q[0] ** 2 + q[1] ** 2 + q[2] ** 2) + np.float32(1e-6)
-    k1 = np.sqrt(
-        sum((q[i] / np.float32(radii[i])) ** 2 for i in range(3))
-    ) + np.float32(1e-6)
+    k1 = np.sqrt(sum((q[i] / np.float32(radii[i])) ** 2 for i in range(3))) + np.float32(1e-6)
     return np.asarray(k0 * (k0 - 1) / k1, dtype=np.float32)
 
 
@@ -194,17 +181,13 @@ def _capsule(
     along = (q[0] * axis[0] + q[1] * axis[1] + q[2] * axis[2]) / np.float32(axis @ axis)
     along = np.clip(along, 0, 1)
     gap = np.sqrt(sum((q[i] - along * axis[i]) ** 2 for i in range(3)))
-    return np.asarray(
-        gap - (np.float32(r0) + np.float32(r1 - r0) * along), dtype=np.float32
-    )
+    return np.asarray(gap - (np.float32(r0) + np.float32(r1 - r0) * along), dtype=np.float32)
 
 
 def _join(a: Array, b: Array, blend_mm: float) -> Array:
     """Smooth union (polynomial smooth minimum) of two signed distances."""
     h = np.maximum(blend_mm - np.abs(a - b), 0) / np.float32(blend_mm)
-    return np.asarray(
-        np.minimum(a, b) - h * h * np.float32(blend_mm / 4), dtype=np.float32
-    )
+    return np.asarray(np.minimum(a, b) - h * h * np.float32(blend_mm / 4), dtype=np.float32)
 
 
 def _cut(a: Array, b: Array, blend_mm: float) -> Array:
@@ -237,9 +220,7 @@ def _femur(p: list[Array], knee: Knee) -> tuple[Array, Array]:
         e = _ellipsoid(p, (centre[0], centre[1], centre[2] + float(r[2] - radii[2])), r)
         d = e if d is None else _join(d, e, 5.0)
     assert d is not None
-    d = _join(
-        d, _capsule(p, (0, 0, 46), (0, 4, 80), (21, 13.5), (0.85, 1.1, 1.0)), 10.0
-    )
+    d = _join(d, _capsule(p, (0, 0, 46), (0, 4, 80), (21, 13.5), (0.85, 1.1, 1.0)), 10.0)
     d = _join(d, _capsule(p, (0, 4, 76), (0, 8, 170), 13.5), 8.0)
     width = 9.0 * knee.notch_width
     notch = _join(
@@ -257,21 +238,12 @@ def _rotate(
 ) -> list[Array]:
     """Coordinates seen from a bone that was turned about ``pivot`` by angles about x, y, z (degrees)."""
     ax, ay, az = np.deg2rad(angles_deg)
-    rx = np.array(
-        [[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]]
-    )
-    ry = np.array(
-        [[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]]
-    )
-    rz = np.array(
-        [[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]]
-    )
+    rx = np.array([[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]])
+    ry = np.array([[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]])
+    rz = np.array([[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]])
     m = (rz @ ry @ rx).astype(np.float32)
     q = [p[i] - np.float32(pivot[i]) for i in range(3)]
-    return [
-        m[i, 0] * q[0] + m[i, 1] * q[1] + m[i, 2] * q[2] + np.float32(pivot[i])
-        for i in range(3)
-    ]
+    return [m[i, 0] * q[0] + m[i, 1] * q[1] + m[i, 2] * q[2] + np.float32(pivot[i]) for i in range(3)]
 
 
 def _fields(
@@ -287,84 +259,50 @@ def _fields(
 
     # Normals and true distance: a smooth union is not an exact distance, dividing by its slope repairs that.
     slopes = np.gradient(femur, *[float(s) for s in spacing_mm])
-    inverse = np.linalg.inv(
-        jacobian
-    )  # d(anatomical)/d(scan), inverted: chain rule for the gradient
-    normal = [
-        sum(np.float32(inverse[j, i]) * slopes[j] for j in range(3)) for i in range(3)
-    ]
+    inverse = np.linalg.inv(jacobian)  # d(anatomical)/d(scan), inverted: chain rule for the gradient
+    normal = [sum(np.float32(inverse[j, i]) * slopes[j] for j in range(3)) for i in range(3)]
     slope = np.sqrt(normal[0] ** 2 + normal[1] ** 2 + normal[2] ** 2) + np.float32(1e-3)
     femur = femur / np.clip(slope, 0.5, 2.0)
     side = np.abs(normal[0]) / slope
 
     worn = np.ones_like(femur)
     for cx, cy, cz, radius, depth in knee.lesions:
-        r2 = (
-            (p[0] - np.float32(cx)) ** 2
-            + (p[1] - np.float32(cy)) ** 2
-            + (p[2] - np.float32(cz)) ** 2
-        )
-        worn = worn * np.maximum(
-            1 - np.float32(depth) * np.exp(-((r2 / np.float32(radius**2)) ** 2)), 0
-        )
+        r2 = (p[0] - np.float32(cx)) ** 2 + (p[1] - np.float32(cy)) ** 2 + (p[2] - np.float32(cz)) ** 2
+        worn = worn * np.maximum(1 - np.float32(depth) * np.exp(-((r2 / np.float32(radius**2)) ** 2)), 0)
 
     # Femoral cartilage: below a line from the trochlea's top to the posterior condyles, off the notch and the sides.
     top = 38.0 + p[1] * 0.16 + p[0] * 0.06 - _rise(-p[1], 0, 30) * 0.5
     edge = np.minimum(np.minimum(top - p[2], notch - 0.6), (0.86 - side) * 16)
     f["femur"] = femur
-    f["femoral_mm"] = (
-        np.float32(t_f)
-        * np.sqrt(np.clip(edge / 4.5, 0, 1))
-        * worn
-        * (1 + 0.12 * _rise(p[1], 5, 25))
-    )
+    f["femoral_mm"] = np.float32(t_f) * np.sqrt(np.clip(edge / 4.5, 0, 1)) * worn * (1 + 0.12 * _rise(p[1], 5, 25))
 
     # The tibia: a plateau, cut to the femur's shape, on a shaft.
     gap = t_f + 1.1 * t_t + 0.1
-    q = _rotate(
-        p, (0, -5, 24), (-knee.flexion_deg, knee.varus_deg, knee.tibial_rotation_deg)
-    )
+    q = _rotate(p, (0, -5, 24), (-knee.flexion_deg, knee.varus_deg, knee.tibial_rotation_deg))
     width, depth = 37.0 * knee.tibia[0], 25.0 * knee.tibia[1]
     waist = 1 - 0.47 * _rise(-q[2], 5, 42)
-    rho = np.sqrt(
-        (q[0] / (width * waist)) ** 2
-        + ((q[1] + 2 + 6 * (waist - 1)) / (depth * waist)) ** 2
-    )
+    rho = np.sqrt((q[0] / (width * waist)) ** 2 + ((q[1] + 2 + 6 * (waist - 1)) / (depth * waist)) ** 2)
     plateau_side = (rho - 1) * np.float32(25) * waist
     eminence = 8.5 * np.exp(-((q[0] / 6.0) ** 2) - ((q[1] + 3) / 11) ** 2)
     plateau_top = q[2] + 0.2 - eminence - 0.07 * q[1] + 0.9 * _rise(q[0], 5, 15)
     tibia = _cut(plateau_side, plateau_top, 5.0)
-    tibia = _join(
-        tibia, _capsule(q, (2, 16, -34), (2, 14, -60), (9, 6)), 10.0
-    )  # tuberosity
+    tibia = _join(tibia, _capsule(q, (2, 16, -34), (2, 14, -60), (9, 6)), 10.0)  # tuberosity
     tibia = _cut(tibia, -_ellipsoid(q, (0, -29, -4), (7, 8, 16)), 4.0)
     f["tibia"] = _cut(tibia, np.float32(gap) - femur, 1.5)
     medial = np.sqrt(((q[0] + 20.5) / 13.8) ** 2 + ((q[1] + 2) / 20.5) ** 2)
     lateral = np.sqrt(((q[0] - 20.5) / 14.3) ** 2 + ((q[1] + 3) / 16.8) ** 2)
     pad = np.minimum(medial, lateral)
     on_top = _rise(q[2], -9, -5)
-    f["tibial_mm"] = (
-        np.float32(t_t) * np.sqrt(np.clip((1 - pad) * 3.0, 0, 1)) * on_top * worn
-    )
-    f["tibial_mm"] *= np.where(
-        lateral < medial, 1 + 0.25 * np.clip(1 - lateral**2, 0, 1), 1
-    )
+    f["tibial_mm"] = np.float32(t_t) * np.sqrt(np.clip((1 - pad) * 3.0, 0, 1)) * on_top * worn
+    f["tibial_mm"] *= np.where(lateral < medial, 1 + 0.25 * np.clip(1 - lateral**2, 0, 1), 1)
 
     # Menisci: the wedge that is left between the two cartilages towards the rim of either plateau.
     height = 6.0 * knee.meniscus
     ring = np.minimum(
-        np.maximum(
-            np.abs(medial - 0.95) - 0.27, _ellipsoid(q, (0, -3, 0), (11, 11, 30)) * -0.1
-        )
-        * 14,
-        np.maximum(
-            np.abs(lateral - 0.95) - 0.29, _ellipsoid(q, (0, -3, 0), (10, 8, 30)) * -0.1
-        )
-        * 14,
+        np.maximum(np.abs(medial - 0.95) - 0.27, _ellipsoid(q, (0, -3, 0), (11, 11, 30)) * -0.1) * 14,
+        np.maximum(np.abs(lateral - 0.95) - 0.29, _ellipsoid(q, (0, -3, 0), (10, 8, 30)) * -0.1) * 14,
     )
-    f["meniscus"] = np.maximum(
-        ring, np.maximum(f["tibia"] - height, femur - 4.5 - 0.25 * height)
-    )
+    f["meniscus"] = np.maximum(ring, np.maximum(f["tibia"] - height, femur - 4.5 - 0.25 * height))
     fibula = _join(
         _ellipsoid(q, (31, -20, -22), (9, 9, 9)),
         _capsule(q, (33, -20, -24), (34, -20, -120), 6.5),
@@ -380,12 +318,8 @@ def _fields(
     whole = _ellipsoid(p, centre, radii)
     face = np.float32(gap_p) - femur  # zero on the cut, positive towards the trochlea
     f["small bones"] = np.minimum(_cut(whole, face, 2.0), fibula)
-    footprint = ((p[0] - centre[0]) / (radii[0] * 0.93)) ** 2 + (
-        (p[2] - centre[2] - 2.5) / (radii[2] * 0.8)
-    ) ** 2
-    f["patellar_mm"] = (
-        np.float32(1.2 * t_p) * np.sqrt(np.clip((1.0 - footprint) * 1.5, 0, 1)) * worn
-    )
+    footprint = ((p[0] - centre[0]) / (radii[0] * 0.93)) ** 2 + ((p[2] - centre[2] - 2.5) / (radii[2] * 0.8)) ** 2
+    f["patellar_mm"] = np.float32(1.2 * t_p) * np.sqrt(np.clip((1.0 - footprint) * 1.5, 0, 1)) * worn
     f["patellar_mm"] *= np.clip((6.0 - whole) / 3, 0, 1) * (p[1] > 12)
 
     # Ligaments and tendons.
@@ -393,9 +327,7 @@ def _fields(
     high = centre[2] + radii[2] * 0.8
     q_in = _rotate(p, (0, -5, 24), (-0.5 * knee.flexion_deg, 0.0, 0.0))
     cords = [
-        _capsule(
-            q_in, (-2, -26, -10), (-5, -9, 12), 4.2
-        ),  # posterior cruciate, lower part
+        _capsule(q_in, (-2, -26, -10), (-5, -9, 12), 4.2),  # posterior cruciate, lower part
         _capsule(q_in, (-5, -9, 12), (-7, 0, 17), 4.2),  # and upper part
         _capsule(q_in, (-1, 8, 0), (7, -13, 21), 3.6, (1.2, 1, 1)),  # anterior cruciate
         _capsule(
@@ -405,15 +337,9 @@ def _fields(
             2.6,
             (0.22, 1.0, 1.0),
         ),  # patellar tendon
-        _capsule(
-            p, (centre[0], 45, high), (0, 38, high + 60), 3.4, (0.25, 1.0, 1.0)
-        ),  # quadriceps tendon
-        _capsule(
-            p, (-38, -2, 26), (-34, 2, -40), 1.6, (1.0, 0.2, 1.0)
-        ),  # medial collateral
-        _capsule(
-            p, (38, -5, 26), (35, -16, -20), 1.8, (1.0, 0.6, 1.0)
-        ),  # lateral collateral
+        _capsule(p, (centre[0], 45, high), (0, 38, high + 60), 3.4, (0.25, 1.0, 1.0)),  # quadriceps tendon
+        _capsule(p, (-38, -2, 26), (-34, 2, -40), 1.6, (1.0, 0.2, 1.0)),  # medial collateral
+        _capsule(p, (38, -5, 26), (35, -16, -20), 1.8, (1.0, 0.6, 1.0)),  # lateral collateral
         _capsule(p, (-20, -38, 20), (-22, -60, 95), 3.0),  # semitendinosus
     ]
     f["ligament"] = np.minimum.reduce(cords).astype(np.float32)
@@ -429,9 +355,7 @@ def _fields(
             ),
             _ellipsoid(p, (-30, 12, 34), (4 + 5 * swell, 6 + 5 * swell, 9 + 8 * swell)),
             _ellipsoid(p, (31, 12, 36), (3 + 5 * swell, 5 + 5 * swell, 8 + 8 * swell)),
-            _ellipsoid(
-                q, (-12, -32, 4), (3 + 7 * swell, 1.5 + 3 * swell, 6 + 8 * swell)
-            ),
+            _ellipsoid(q, (-12, -32, 4), (3 + 7 * swell, 1.5 + 3 * swell, 6 + 8 * swell)),
             _ellipsoid(q, (0, 12, 4), (5 + 8 * swell, 2 + 4 * swell, 2 + 2 * swell)),
         ]
     ).astype(np.float32)
@@ -461,18 +385,12 @@ def _fields(
         x, y, drift = 47 * np.cos(turn), 3 + 47 * np.sin(turn), veins.normal(0, 12)
         vessels.append(_capsule(p, (x, y, -60), (x + drift, y + veins.normal(0, 6), 90), veins.uniform(1.0, 2.0)))
     f["blood"] = np.minimum.reduce(vessels).astype(np.float32)
-    front = (
-        41
-        + 21 * np.exp(-(((p[2] - centre[2]) / 30) ** 2))
-        + 0.16 * np.maximum(p[2] - 40, 0)
-    )
+    front = 41 + 21 * np.exp(-(((p[2] - centre[2]) / 30) ** 2)) + 0.16 * np.maximum(p[2] - 40, 0)
     back = 62 + 0.06 * np.maximum(p[2], 0) - 4 * np.exp(-((p[2] / 30) ** 2))
     g = knee.girth[0]
     across = (56 + 0.12 * np.maximum(p[2] - 20, 0)) * g
     ahead = np.where(p[1] > 0, front * (0.75 + 0.25 * g), back * g)
-    f["leg"] = ((np.sqrt((p[0] / across) ** 2 + (p[1] / ahead) ** 2) - 1) * 55).astype(
-        np.float32
-    )
+    f["leg"] = ((np.sqrt((p[0] / across) ** 2 + (p[1] / ahead) ** 2) - 1) * 55).astype(np.float32)
     f["face"] = face
     return f
 
@@ -507,26 +425,20 @@ def tissue_map(
         uint8 array of the given shape, in RAS order (a left knee has its lateral side at low x).
     """
     if min(shape) < 2 or min(spacing_mm) <= 0:
-        raise ValueError(f"a lattice needs at least 2 voxels and a positive spacing along each axis, got {shape}, {spacing_mm}")
+        raise ValueError(
+            f"a lattice needs at least 2 voxels and a positive spacing along each axis, got {shape}, {spacing_mm}"
+        )
     pose = pose or Pose()
     extent = [(n - 1) * s for n, s in zip(shape, spacing_mm, strict=True)]
     nodes = [max(int(np.ceil(e / LATTICE_MM)) + 1, 2) for e in extent]
     axes = [np.linspace(-e / 2, e / 2, n) for e, n in zip(extent, nodes, strict=True)]
-    step = np.array(
-        [e / (n - 1) if n > 1 else 1.0 for e, n in zip(extent, nodes, strict=True)]
-    )
+    step = np.array([e / (n - 1) if n > 1 else 1.0 for e, n in zip(extent, nodes, strict=True)])
     grid = np.meshgrid(*[a.astype(np.float32) for a in axes], indexing="ij")
 
     ax, ay, az = np.deg2rad(pose.angles_deg)
-    rx = np.array(
-        [[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]]
-    )
-    ry = np.array(
-        [[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]]
-    )
-    rz = np.array(
-        [[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]]
-    )
+    rx = np.array([[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]])
+    ry = np.array([[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]])
+    rz = np.array([[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]])
     mirror = np.diag([-1.0 if knee.side == "left" else 1.0, 1.0, 1.0])
     m = np.diag(1 / knee.size) @ mirror @ rz @ ry @ rx
     offset = np.diag(1 / knee.size) @ mirror @ np.asarray(pose.offset_mm)
@@ -538,12 +450,8 @@ def tissue_map(
     p = _bend(p, knee)
     coarse = _fields(p, step, m, knee)
     names = list(coarse)
-    stack = torch.from_numpy(np.stack([coarse[n] for n in names]).astype(np.float32))[
-        None
-    ]
-    fine = torch.nn.functional.interpolate(
-        stack, size=shape, mode="trilinear", align_corners=True
-    )[0].numpy()
+    stack = torch.from_numpy(np.stack([coarse[n] for n in names]).astype(np.float32))[None]
+    fine = torch.nn.functional.interpolate(stack, size=shape, mode="trilinear", align_corners=True)[0].numpy()
     return _classify(dict(zip(names, fine, strict=True)))
 
 
@@ -554,11 +462,9 @@ def _bend(p: list[Array], knee: Knee) -> list[Array]:
     for _ in range(5):
         wave = rng.normal(0, 1, 3)
         wave *= 2 * np.pi / rng.uniform(45, 110) / np.linalg.norm(wave)
-        phase = (
-            p[0] * np.float32(wave[0])
-            + p[1] * np.float32(wave[1])
-            + p[2] * np.float32(wave[2])
-        ) + np.float32(rng.uniform(0, 2 * np.pi))
+        phase = (p[0] * np.float32(wave[0]) + p[1] * np.float32(wave[1]) + p[2] * np.float32(wave[2])) + np.float32(
+            rng.uniform(0, 2 * np.pi)
+        )
         s = np.sin(phase)
         for i, amplitude in enumerate(rng.normal(0, 0.75, 3)):
             out[i] += np.float32(amplitude) * s
@@ -578,9 +484,7 @@ def _classify(f: dict[str, Array]) -> NDArray[np.uint8]:
     tissue[f["ligament"] < 0] = LIGAMENT
     tissue[f["meniscus"] < 0] = MENISCUS
     tissue[(f["tibia"] < f["tibial_mm"]) & (f["tibial_mm"] > 0.35)] = TIBIAL
-    tissue[
-        (f["face"] > 0) & (f["face"] < f["patellar_mm"]) & (f["patellar_mm"] > 0.35)
-    ] = PATELLAR
+    tissue[(f["face"] > 0) & (f["face"] < f["patellar_mm"]) & (f["patellar_mm"] > 0.35)] = PATELLAR
     tissue[(f["femur"] < f["femoral_mm"]) & (f["femoral_mm"] > 0.35)] = FEMORAL
     for bone, shell_mm in (("femur", 0.9), ("tibia", 0.9), ("small bones", 1.0)):
         tissue[f[bone] < 0] = CORTICAL

@@ -75,9 +75,7 @@ def _merge_unlabelled_into_background(
     n_classes = logits.shape[1]
     labelled = sorted({int(c) for c in labelled_classes} - {0})
     if any(c < 0 or c >= n_classes for c in labelled):
-        raise ValueError(
-            f"labelled_classes {tuple(labelled_classes)} are not all among 0 to {n_classes - 1}."
-        )
+        raise ValueError(f"labelled_classes {tuple(labelled_classes)} are not all among 0 to {n_classes - 1}.")
     merged = [c for c in range(n_classes) if c not in labelled]  # always holds the background
     if len(merged) == 1:
         return logits, labels
@@ -101,9 +99,7 @@ def sigmoid_ramp_up(a: float, b: float) -> float:
     return math.exp(-5.0 * (1.0 - min(max(a / b, 0.0), 1.0)) ** 2)
 
 
-def clipped_noise(
-    shape: Sequence[int], generator: torch.Generator, sigma: float = 0.1, bound: float = 0.2
-) -> Tensor:
+def clipped_noise(shape: Sequence[int], generator: torch.Generator, sigma: float = 0.1, bound: float = 0.2) -> Tensor:
     """xi = clip(sigma n, -bound, bound), n ~ N(0, I): float32 of ``shape`` on the generator's device
     (UA-MT).
     """
@@ -153,13 +149,10 @@ def _masked_squares(student_logits: Tensor, teacher_probabilities: Tensor, mask:
     """m_v sum_c (p_c - q_c)^2 of every voxel, (B, ...)."""
     if student_logits.shape != teacher_probabilities.shape:
         raise ValueError(
-            f"Student {tuple(student_logits.shape)} and teacher {tuple(teacher_probabilities.shape)} "
-            "differ in shape."
+            f"Student {tuple(student_logits.shape)} and teacher {tuple(teacher_probabilities.shape)} differ in shape."
         )
     if mask.shape != (student_logits.shape[0], *student_logits.shape[2:]):
-        raise ValueError(
-            f"A mask of shape {tuple(mask.shape)} does not fit logits {tuple(student_logits.shape)}."
-        )
+        raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit logits {tuple(student_logits.shape)}.")
     squares = (student_logits.softmax(dim=1) - teacher_probabilities.detach()).square().sum(dim=1)
     return squares * mask.detach().to(squares.dtype)
 
@@ -201,9 +194,7 @@ def release_uncertainty_threshold(progress: float) -> float:
     return uncertainty_threshold(progress, 2)
 
 
-def release_response_distillation(
-    student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor
-) -> Tensor:
+def release_response_distillation(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
     """L_resp as released: 2 in the place of C, so C / 2 times the mean."""
     squares = _masked_squares(student_logits, teacher_probabilities, mask)
     return squares.sum() / (2 * mask.detach().to(squares.dtype).sum() + EMPTY_MASK_GUARD)

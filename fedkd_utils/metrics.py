@@ -156,9 +156,7 @@ def case_metrics(
         if p.any() or t.any():
             box = _bounding_box(p | t)
             p, t = p[box], t[box]
-        measured: dict[
-            int, dict[str, Any]
-        ] = {}  # by size: of a mask and its part, equal sizes are equal masks
+        measured: dict[int, dict[str, Any]] = {}  # by size: of a mask and its part, equal sizes are equal masks
         for choice in components:
             mask = _largest_components(p, COMPONENTS_KEPT[c]) if choice == "largest" else p
             size = int(np.count_nonzero(mask))
@@ -212,9 +210,7 @@ def _largest_components(mask: Mask, count: int) -> Mask:
     return np.isin(components, largest)
 
 
-def volumes_ml(
-    label: ArrayLike, spacing_mm: Sequence[float], classes: Sequence[int] = CARTILAGES
-) -> dict[int, float]:
+def volumes_ml(label: ArrayLike, spacing_mm: Sequence[float], classes: Sequence[int] = CARTILAGES) -> dict[int, float]:
     """The volume of each class of a label map in millilitres."""
     values = _class_numbers(label, "label")
     voxel_ml = math.prod(_checked_spacing(spacing_mm, values.ndim)) / 1000
@@ -239,18 +235,13 @@ def _checked_spacing(spacing_mm: Sequence[float], ndim: int) -> tuple[float, ...
     spacing = tuple(float(s) for s in spacing_mm)
     if len(spacing) != ndim or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(
-            f"A spacing of {ndim} positive numbers in mm is needed, not {spacing}: "
-            "check the header of the file."
+            f"A spacing of {ndim} positive numbers in mm is needed, not {spacing}: check the header of the file."
         )
     return spacing
 
 
 def _class_numbers(values: ArrayLike, what: str) -> NDArray[Any]:
     array = np.asarray(values)
-    if array.dtype.kind not in "biu" and not (
-        array.dtype.kind == "f" and np.array_equal(array, np.rint(array))
-    ):
-        raise ValueError(
-            f"The {what} must hold class numbers (0, 1, 2, 3), not {array.dtype} values between them."
-        )
+    if array.dtype.kind not in "biu" and not (array.dtype.kind == "f" and np.array_equal(array, np.rint(array))):
+        raise ValueError(f"The {what} must hold class numbers (0, 1, 2, 3), not {array.dtype} values between them.")
     return array

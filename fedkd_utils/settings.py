@@ -47,9 +47,7 @@ class Settings:
     response_weight: float  # lambda_max
     feature_weight: float  # beta
     feature_temperature: float
-    teacher_passes: (
-        int  # M, the stochastic teacher predictions behind the uncertainty mask
-    )
+    teacher_passes: int  # M, the stochastic teacher predictions behind the uncertainty mask
 
 
 QUICK = Settings(
@@ -86,8 +84,4 @@ QUICK = Settings(
 def cache_folder() -> Path:
     """The folder of everything that is made on first use: ``data/cache``, or ``$FEDKD_CACHE`` when set."""
     named = os.environ.get("FEDKD_CACHE")
-    return (
-        Path(named)
-        if named
-        else Path(__file__).resolve().parent.parent / "data" / "cache"
-    )
+    return Path(named) if named else Path(__file__).resolve().parent.parent / "data" / "cache"

@@ -95,9 +95,7 @@ def test_supervised_loss_is_its_equation(seed, labelled):
 
 def test_supervised_loss_agrees_with_monai_value_and_gradient():
     logits, labels = draw(3, (3, C, 5, 6, 7)).requires_grad_(), draw_labels(4, (3, C, 5, 6, 7))
-    monai = DiceCELoss(
-        softmax=True, to_onehot_y=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5
-    )
+    monai = DiceCELoss(softmax=True, to_onehot_y=True, smooth_nr=1, smooth_dr=1, lambda_dice=0.5, lambda_ce=0.5)
     ours, theirs = losses.supervised_loss(logits, labels), monai(logits, labels.unsqueeze(1))
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
@@ -111,9 +109,7 @@ def test_response_distillation_is_its_equation(seed, share):
     logits, q = draw(seed), draw(seed + 1).softmax(1)
     chance = torch.rand((2, 3, 2, 4), generator=torch.Generator().manual_seed(seed))
     mask = chance < share
-    assert losses.response_distillation(logits, q, mask).item() == pytest.approx(
-        response_loop(logits, q, mask)
-    )
+    assert losses.response_distillation(logits, q, mask).item() == pytest.approx(response_loop(logits, q, mask))
     released = losses.release_response_distillation(logits, q, mask).item()
     assert released == pytest.approx(response_loop(logits, q, mask, channels=2))
 
@@ -126,9 +122,7 @@ def test_feature_distillation_is_its_equation(seed, tau):
     assert value == pytest.approx(feature_loop(student, teacher, tau), rel=1e-9, abs=1e-12)
     released = losses.release_feature_distillation(student, teacher).item()
     # The release lets kl_div average over every element.
-    by_torch = (
-        nn.functional.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="sum") / student.numel()
-    )
+    by_torch = nn.functional.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="sum") / student.numel()
     assert released == pytest.approx(by_torch.item())
     assert released == pytest.approx(feature_loop(student, teacher, 1.0) / 5)
 
@@ -168,9 +162,7 @@ def test_gradient_reaches_the_student_only():
     x = draw(0, (2, 1, 2, 3, 3))
     z_t = teacher(x)
     mask = losses.uncertainty_mask(losses.entropy(z_t.softmax(1)), 1.0, C)
-    loss = losses.response_distillation(student(x), z_t.softmax(1), mask) + losses.feature_distillation(
-        student(x), z_t
-    )
+    loss = losses.response_distillation(student(x), z_t.softmax(1), mask) + losses.feature_distillation(student(x), z_t)
     loss.backward()
     assert not mask.requires_grad
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -211,9 +203,7 @@ def test_empty_mask_is_zero_loss_and_zero_gradient_in_float32():
 @given(seeds, st.floats(0.3, 20))
 def test_equal_networks_have_nothing_to_learn(seed, tau):
     z = draw(seed).requires_grad_()
-    response = losses.response_distillation(
-        z, z.detach().softmax(1), torch.ones(2, 3, 2, 4, dtype=torch.bool)
-    )
+    response = losses.response_distillation(z, z.detach().softmax(1), torch.ones(2, 3, 2, 4, dtype=torch.bool))
     feature = losses.feature_distillation(z, z.detach(), tau)
     (response + feature).backward()
     assert response.item() == 0.0
@@ -315,9 +305,7 @@ def test_threshold_grows_to_ln_c_and_the_release_stays_below_half_of_it():
     torn = losses.entropy(torch.tensor([[0.5, 0.5, 0.0, 0.0]]).double())
     assert losses.uncertainty_mask(torn, 1.0, C).all()
     assert losses.release_uncertainty_threshold(1.0) == pytest.approx(math.log(2))
-    assert torn.item() == pytest.approx(math.log(2)) and torn.item() >= losses.release_uncertainty_threshold(
-        0.99
-    )
+    assert torn.item() == pytest.approx(math.log(2)) and torn.item() >= losses.release_uncertainty_threshold(0.99)
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
@@ -329,12 +317,7 @@ def test_ramp_stays_between_its_ends_and_grows(a, b):
 
 def test_ramp_ends():
     assert losses.sigmoid_ramp_up(0, 10) == math.exp(-5) == losses.sigmoid_ramp_up(-3, 10)
-    assert (
-        losses.sigmoid_ramp_up(10, 10)
-        == 1.0
-        == losses.sigmoid_ramp_up(99, 10)
-        == losses.sigmoid_ramp_up(0, 0)
-    )
+    assert losses.sigmoid_ramp_up(10, 10) == 1.0 == losses.sigmoid_ramp_up(99, 10) == losses.sigmoid_ramp_up(0, 0)
     assert losses.sigmoid_ramp_up(5, 10) == pytest.approx(math.exp(-1.25))
     for bad in ((math.nan, 1.0), (1.0, math.inf), (1.0, -1.0)):
         with pytest.raises(ValueError, match="ramp"):

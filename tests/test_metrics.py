@@ -74,9 +74,7 @@ def distances(p, t, spacing):
 def test_distances_equal_all_pairs(seed, shape, spacing, share):
     p, t = draw_masks(seed, shape, share)
     p.flat[seed % p.size] = t.flat[(seed // 7) % t.size] = True  # neither is empty
-    assert distances(p, t, spacing) == pytest.approx(
-        distances_by_all_pairs(p, t, spacing), rel=1e-9, abs=1e-9
-    )
+    assert distances(p, t, spacing) == pytest.approx(distances_by_all_pairs(p, t, spacing), rel=1e-9, abs=1e-9)
 
 
 @few
@@ -95,9 +93,9 @@ def test_overlaps_equal_counting(seed, shape):
 def test_monai_agrees_also_with_anisotropic_voxels(spacing):
     rng = np.random.default_rng(5)
     lattice = np.indices((9, 16, 14))
-    p = (
-        (lattice - np.array([4, 8, 7])[:, None, None, None]) ** 2 / np.array([9, 30, 20])[:, None, None, None]
-    ).sum(0) < 1
+    p = ((lattice - np.array([4, 8, 7])[:, None, None, None]) ** 2 / np.array([9, 30, 20])[:, None, None, None]).sum(
+        0
+    ) < 1
     t = np.roll(p, (1, 2, -1), axis=(0, 1, 2)) & (rng.random(p.shape) < 0.97)
     as_monai = [torch.from_numpy(m)[None, None].float() for m in (p, t)]
     options = {"include_background": True, "spacing": spacing}
