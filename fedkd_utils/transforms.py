@@ -1,0 +1,352 @@
+"""From volumes on disk to the common grid and back.
+
+Every network of the course sees the same grid (``settings.grid_shape`` at ``settings.grid_spacing_mm``, in RAS order,
+z-scored per volume); every metric is computed on a volume's own grid. Resampling is separable: along each axis one matrix holds
+the share of every source voxel in every target voxel. Where the target is coarser that is the exact area average (point
+sampling a thin repository slice would alias cartilage away), where it is finer it is linear interpolation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkd_utils.cohorts import Item, Site
+from fedkd_utils.settings import CLASS_NAMES, Settings
+
+
+class VolumeError(ValueError):
+    """A volume that cannot be used; the message names the file, the fault and the remedy."""
+
+
+def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Read a three-dimensional NIfTI volume and refuse what cannot be a knee.
+
+    Returns:
+        the voxels (X, Y, Z) as float32 in the order of the file, and the affine (4, 4), voxel index to RAS mm.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        VolumeError: damaged, not three-dimensional, colour or complex, NaN or infinite voxels, singular affine.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file. Check the path; a cohort is made by `python -m fedkd_utils cohort`."
+        )
+    try:
+        image = nib.load(path)
+        raw = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel, gzip and zlib raise many kinds for a damaged file
+        raise VolumeError(f"{path}: damaged or not a NIfTI file ({error}). Copy or export it again.") from error
+    if raw.dtype.names is not None or np.iscomplexobj(raw):
+        raise VolumeError(f"{path}: colour or complex voxels. Export a magnitude image with one value per voxel.")
+    while raw.ndim > 3 and raw.shape[-1] == 1:
+        raw = raw[..., 0]
+    if raw.ndim != 3 or min(raw.shape) < 2:
+        raise VolumeError(f"{path}: shape {raw.shape} is not a 3D volume. Split a series into single volumes first.")
+    affine = np.asarray(image.affine, dtype=np.float64)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or sizes.min() <= 1e-3 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
+        raise VolumeError(
+            f"{path}: the affine is singular (voxel sizes {sizes.round(4)} mm). Repair the header's sform/qform."
+        )
+    voxels = raw.astype(np.float32)
+    if not np.isfinite(voxels).all():
+        raise VolumeError(
+            f"{path}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite. Mask or export again."
+        )
+    return voxels, affine
+
+
+def read_label(
+    path: str | Path, image_path: str | Path, shape: tuple[int, ...], affine: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Read the label of an image: same shape, same affine, values 0 to 3 only.
+
+    Raises:
+        VolumeError: another shape or place than the image, or a value that is not a class; names both files.
+    """
+    voxels, label_affine = read_volume(path)
+    if voxels.shape != tuple(shape):
+        raise VolumeError(
+            f"{path}: shape {voxels.shape}, but its image {image_path} has {tuple(shape)}. Pair the right files."
+        )
+    if not np.allclose(label_affine, affine, atol=1e-2):
+        raise VolumeError(
+            f"{path}: its affine differs from that of its image {image_path}. Resample the label to the image."
+        )
+    values = np.unique(voxels)
+    unknown = [float(v) for v in values if v not in range(len(CLASS_NAMES))]
+    if unknown:
+        raise VolumeError(
+            f"{path}: unknown label values {unknown[:5]}; expected 0 background, 1 femoral, 2 tibial, 3 patellar."
+        )
+    return voxels.astype(np.uint8)
+
+
+def to_ras(array: NDArray[np.generic], affine: NDArray[np.float64]) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+    """Permute and flip axes so that they run closest to left-right, posterior-anterior, inferior-superior."""
+    turn = nib.orientations.io_orientation(affine)
+    turned = nib.orientations.apply_orientation(array, turn)
+    return np.ascontiguousarray(turned), affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+
+
+def voxel_sizes_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Voxel sizes in mm along the array axes: the lengths of the columns of the affine."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
+
+
+def axis_weights(n_in: int, n_out: int, ratio: float, shift: float = 0.0) -> torch.Tensor:
+    """Resampling along one axis: (n_out, n_in) shares of the source voxels, both axes centred on each other.
+
+    Args:
+        n_in: source voxels.
+        n_out: target voxels.
+        ratio: target voxel size over source voxel size. Above 1: exact area average, otherwise linear interpolation.
+        shift: move the target by this many source voxels.
+
+    A row sums to the part of its voxel that the source covers: 1 inside, 0 outside.
+    """
+    centre = (torch.arange(n_out, dtype=torch.float64) - (n_out - 1) / 2) * ratio + (n_in - 1) / 2 + shift
+    source = torch.arange(n_in, dtype=torch.float64)
+    if ratio > 1:
+        low = torch.maximum(centre[:, None] - ratio / 2, source[None] - 0.5)
+        high = torch.minimum(centre[:, None] + ratio / 2, source[None] + 0.5)
+        weights = (high - low).clamp(min=0) / ratio
+    else:
+        inside = (centre > -0.5 - 1e-9) & (centre < n_in - 0.5 + 1e-9)
+        held = centre.clamp(0, n_in - 1)
+        weights = (1 - (held[:, None] - source[None]).abs()).clamp(min=0) * inside[:, None]
+    return weights.float()
+
+
+def resample(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Apply one matrix per axis to the last three axes: (..., D, H, W) -> (..., D', H', W')."""
+    x = torch.einsum("ad,...dhw->...ahw", weights[0], x)
+    x = torch.einsum("bh,...dhw->...dbw", weights[1], x)
+    return torch.einsum("cw,...dhw->...dhc", weights[2], x)
+
+
+def to_grid(
+    array: NDArray[np.generic],
+    affine: NDArray[np.float64],
+    spacing_mm: tuple[float, float, float],
+    shape: tuple[int, int, int] | None = None,
+) -> tuple[torch.Tensor, NDArray[np.float64]]:
+    """Bring an image to RAS order at a spacing, around the centre of its field of view.
+
+    Args:
+        array: (X, Y, Z) voxels in any orientation.
+        affine: (4, 4) voxel index to RAS mm.
+        spacing_mm: target voxel sizes.
+        shape: target shape; the whole field of view when not given. Beyond the image the smallest value is filled in.
+
+    Returns:
+        float32 tensor (D, H, W) and the affine of the grid.
+    """
+    turned, ras = to_ras(np.asarray(array, dtype=np.float32), affine)
+    sizes = voxel_sizes_mm(ras)
+    if shape is None:
+        d, h, w = (max(round(n * s / t), 2) for n, s, t in zip(turned.shape, sizes, spacing_mm, strict=True))
+        shape = (d, h, w)
+    weights = [axis_weights(n, m, t / s) for n, m, s, t in zip(turned.shape, shape, sizes, spacing_mm, strict=True)]
+    x = torch.from_numpy(turned)
+    low = x.min()
+    cover = torch.einsum("d,h,w->dhw", *[w.sum(dim=1) for w in weights])
+    grid = resample(x - low, weights) / cover.clamp(min=0.25) + low
+    step = np.asarray(spacing_mm) / np.asarray(sizes)
+    start = (np.asarray(turned.shape) - 1) / 2 - step * (np.asarray(shape) - 1) / 2
+    grid_affine = ras @ np.vstack([np.column_stack([np.diag(step), start]), [0, 0, 0, 1]])
+    return grid.float(), grid_affine
+
+
+def label_to_grid(
+    label: NDArray[np.uint8],
+    affine: NDArray[np.float64],
+    spacing_mm: tuple[float, float, float],
+    shape: tuple[int, int, int] | None = None,
+) -> torch.Tensor:
+    """Bring a label map to the grid: the share of every class is resampled like an image, the largest share wins."""
+    shares = [
+        to_grid((label == c).astype(np.float32), affine, spacing_mm, shape)[0] for c in range(1, len(CLASS_NAMES))
+    ]
+    stack = torch.stack(shares)
+    return torch.cat([1 - stack.sum(dim=0, keepdim=True), stack]).argmax(dim=0)
+
+
+def from_grid(
+    probabilities: torch.Tensor,
+    grid_affine: NDArray[np.float64],
+    shape: tuple[int, int, int],
+    affine: NDArray[np.float64],
+) -> NDArray[np.uint8]:
+    """Undo :func:`to_grid`: class probabilities on the grid to a label map on the volume's own grid.
+
+    Args:
+        probabilities: (C, D, H, W) on the grid.
+        grid_affine: affine of the grid, with axes along those of the volume.
+        shape: shape of the volume on disk.
+        affine: affine of the volume on disk.
+
+    Returns:
+        uint8 (X, Y, Z) in the order of the file; background where the grid does not reach.
+    """
+    turn = nib.orientations.io_orientation(affine)
+    ras = affine @ nib.orientations.inv_ornt_aff(turn, shape)
+    ras_shape = [0, 0, 0]
+    for axis, (target, _) in enumerate(turn):
+        ras_shape[int(target)] = shape[axis]
+    between = np.linalg.inv(grid_affine) @ ras  # voxel index (RAS order) -> grid index
+    weights = []
+    for axis in range(3):
+        n_in, n_out, ratio = probabilities.shape[axis + 1], ras_shape[axis], float(between[axis, axis])
+        centre = ratio * (n_out - 1) / 2 + between[axis, 3]
+        weights.append(axis_weights(n_in, n_out, ratio, shift=float(centre - (n_in - 1) / 2)))
+    foreground = resample(probabilities[1:].float(), weights)
+    background = 1 - foreground.sum(dim=0, keepdim=True)
+    voted = torch.cat([background, foreground]).argmax(dim=0).to(torch.uint8).numpy()
+    back = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), turn)
+    return np.ascontiguousarray(nib.orientations.apply_orientation(voted, back))
+
+
+def z_score(image: torch.Tensor) -> torch.Tensor:
+    """(x - mean) / standard deviation over the last three axes: (..., D, H, W)."""
+    mean = image.mean(dim=(-3, -2, -1), keepdim=True)
+    return (image - mean) / image.std(dim=(-3, -2, -1), keepdim=True).clamp(min=1e-6)
+
+
+@dataclass
+class Case:
+    """One volume on the common grid, with the way back to its own."""
+
+    name: str
+    image: torch.Tensor  # (1, D, H, W) float32, z-scored
+    label: torch.Tensor | None  # (D, H, W) int64 on the grid
+    grid_affine: NDArray[np.float64]
+    native_label: NDArray[np.uint8] | None  # (X, Y, Z) in the order of the file
+    native_shape: tuple[int, int, int]
+    native_affine: NDArray[np.float64]
+    labelled_classes: tuple[int, ...]
+
+
+def load_case(item: Item, settings: Settings) -> Case:
+    """Load one item of a cohort onto the grid of ``settings``.
+
+    Raises:
+        FileNotFoundError, VolumeError: see :func:`read_volume` and :func:`read_label`; also a constant image.
+    """
+    voxels, affine = read_volume(item.image)
+    if np.ptp(voxels) == 0:
+        raise VolumeError(f"{item.image}: all voxels have the same value. Export the volume again.")
+    grid, grid_affine = to_grid(voxels, affine, settings.grid_spacing_mm, settings.grid_shape)
+    native = label = None
+    if item.label is not None:
+        native = read_label(item.label, item.image, voxels.shape, affine)
+        label = label_to_grid(native, affine, settings.grid_spacing_mm, settings.grid_shape)
+    return Case(
+        name=item.name,
+        image=z_score(grid)[None],
+        label=label,
+        grid_affine=grid_affine,
+        native_label=native,
+        native_shape=(voxels.shape[0], voxels.shape[1], voxels.shape[2]),
+        native_affine=affine,
+        labelled_classes=item.labelled_classes,
+    )
+
+
+def to_native(probabilities: torch.Tensor, case: Case) -> NDArray[np.uint8]:
+    """Class probabilities (C, D, H, W) of a case -> label map on the case's own grid."""
+    return from_grid(probabilities, case.grid_affine, case.native_shape, case.native_affine)
+
+
+@dataclass
+class SiteData:
+    """Everything a site needs in memory, loaded once."""
+
+    name: str
+    labelled_images: torch.Tensor  # (L, 1, D, H, W)
+    labels: torch.Tensor  # (L, D, H, W) int64
+    unlabelled_images: torch.Tensor  # (U, 1, D, H, W)
+    validation: list[Case]
+    test: list[Case]
+    labelled_classes: tuple[int, ...]
+
+    @property
+    def examples(self) -> int:
+        """n_k, the weight of the site in federated averaging: labelled + unlabelled volumes."""
+        return len(self.labelled_images) + len(self.unlabelled_images)
+
+
+def load_site(site: Site, settings: Settings) -> SiteData:
+    """Load a site onto the grid.
+
+    Raises:
+        VolumeError: the site has no labelled training volume, or a volume is unusable.
+    """
+    if not site.training:
+        raise VolumeError(
+            f"{site.folder}: no labelled training volume. Add label files to labelsTr, or leave the site out."
+        )
+    labelled = [load_case(item, settings) for item in site.training]
+    unlabelled = [load_case(item, settings) for item in site.unlabelled]
+    empty = [case.name for case in labelled if case.label is None or not bool((case.label > 0).any())]
+    if empty:
+        raise VolumeError(f"{site.folder}: the label of {empty[0]} is empty on the grid. Check the pair of files.")
+    blank = torch.zeros((0, 1, *settings.grid_shape))
+    return SiteData(
+        name=site.name,
+        labelled_images=torch.stack([case.image for case in labelled]),
+        labels=torch.stack([case.label for case in labelled if case.label is not None]),
+        unlabelled_images=torch.stack([case.image for case in unlabelled]) if unlabelled else blank,
+        validation=[load_case(item, settings) for item in site.validation],
+        test=[load_case(item, settings) for item in site.test],
+        labelled_classes=site.training[0].labelled_classes,
+    )
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Uniform numbers in [-1, 1)."""
+    return torch.rand(shape, generator=generator) * 2 - 1
+
+
+def augment(
+    images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random geometry and contrast for a batch, drawn from ``generator``.
+
+    Half of the volumes are mirrored left to right (a right knee becomes a left one); all are scaled (up to 10 %), moved
+    (up to 5 % of the field of view) and rotated in the sagittal plane (up to 8 degrees); then gain, offset and noise.
+
+    Args:
+        images: (B, 1, D, H, W) z-scored.
+        labels: (B, D, H, W) int64.
+    """
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    flip = mirrored[:, None, None, None]
+    images = torch.where(flip[:, None], images.flip(2), images)
+    labels = torch.where(flip, labels.flip(1), labels)
+    matrix = torch.zeros(len(images), 3, 4)  # affine_grid orders its axes (W, H, D)
+    zoom = 1 + 0.1 * _uniform(generator, len(images), 3)
+    angle = math.radians(8) * _uniform(generator, len(images))
+    matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() * zoom[:, 0], -angle.sin() * zoom[:, 1]
+    matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() * zoom[:, 0], angle.cos() * zoom[:, 1]
+    matrix[:, 2, 2] = zoom[:, 2]
+    matrix[:, :, 3] = 0.1 * _uniform(generator, len(images), 3)
+    where = torch.nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    sample = torch.nn.functional.grid_sample
+    images = sample(images, where, mode="bilinear", padding_mode="border", align_corners=False)
+    labels = sample(labels[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].long()
+    gain = 1 + 0.2 * _uniform(generator, len(images), 1, 1, 1, 1)
+    offset = 0.2 * _uniform(generator, len(images), 1, 1, 1, 1)
+    noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(images.shape, generator=generator)
+    return images * gain + offset + noise, labels
