@@ -1,8 +1,8 @@
 """From volumes on disk to the common grid and back.
 
 Every network of the course sees the same grid (``settings.grid_shape`` at ``settings.grid_spacing_mm``, in RAS order,
-z-scored per volume); every metric is computed on a volume's own grid. Resampling is separable: along each axis one matrix holds
-the share of every source voxel in every target voxel. Where the target is coarser that is the exact area average (point
+z-scored per volume); every metric is computed on a volume's own grid. Resampling is separable: along each axis one
+matrix holds the share of every source voxel in every target voxel. Where the target is coarser that is the exact area average (point
 sampling a thin repository slice would alias cartilage away), where it is finer it is linear interpolation.
 """
 
