@@ -173,7 +173,7 @@ def fit(
     """Optimise a network in place, one call of ``loss`` per step.
 
     Args:
-        batches: from the step within ``steps``, counted from 0, to a batch.
+        batches: from a step to its batch.
         loss: (network, batch, progress in [0, 1)) -> scalars by name; "loss" is the one to minimise.
         steps: global step numbers; the poly schedule and the progress count them against ``total_steps``.
         seed: of the dropout masks; every step starts them anew, so a row that adds a second pass through the
@@ -185,9 +185,9 @@ def fit(
         TrainingError: the loss is no longer finite.
     """
     network.train()
-    for index, step in enumerate(steps):
+    for step in steps:
         start = time.perf_counter()
-        batch = batches(index)
+        batch = batches(step)
         ready = time.perf_counter()
         rate = poly_learning_rate(learning_rate, step, total_steps)
         for group in optimiser.param_groups:
@@ -256,7 +256,7 @@ def train_supervised(
             return
         dice = validate(network, validation)
         log.validation.append({"step": done, "dice": dice})
-        if not best or dice > log.best_dice:
+        if not best or is_better(dice, log.best_dice):
             log.best_step, log.best_dice, best = done, dice, copy_state(network)
 
     fit(
@@ -330,6 +330,11 @@ def mean_dice(scores: NDArray[np.float64]) -> float:
     by_class = [column[~np.isnan(column)] for column in scores.T]
     means = [column.mean() for column in by_class if column.size]
     return float(np.mean(means)) if means else float("nan")
+
+
+def is_better(dice: float, than: float) -> bool:
+    """Whether a validation Dice is strictly higher; NaN (nothing to measure) is lower than any number."""
+    return not np.isnan(dice) and (bool(np.isnan(than)) or dice > than)
 
 
 def validate(network: nn.Module, cases: Sequence[Case]) -> float:

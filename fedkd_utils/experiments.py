@@ -1,0 +1,309 @@
+"""Experiments: one row, setting and seed -> one result on disk, made once; and the table that compares them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedkd_utils import cohorts, transforms
+from fedkd_utils.federation import FEDERATION_CODE, FederationResult, run_federation, total_progress
+from fedkd_utils.methods import ROWS
+from fedkd_utils.networks import (
+    CheckpointError,
+    State,
+    TappedNetwork,
+    build_network,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    write_atomically,
+)
+from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
+from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
+from fedkd_utils.teacher import FROZEN, TeacherUpdate, teacher_for
+from fedkd_utils.training import Progress, evaluate_cases, progress_bar
+from fedkd_utils.transforms import SiteData
+
+_CODE = (*FEDERATION_CODE, "experiments")
+
+
+@dataclass(frozen=True)
+class Result:
+    """All numbers of one run; what the result file holds."""
+
+    row: str
+    setting: str
+    seed: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    inputs: str  # hash of settings, cohort, teacher, code and seed
+    best_round: dict[str, int]  # by client
+    history: list[dict[str, Any]]  # per round and client: losses, validation Dice, seconds
+    test: list[dict[str, Any]]  # per client, case, class and component choice: metrics in mm on the native grid
+    messages: list[dict[str, Any]]  # the ledger
+    bytes_down: int
+    bytes_up: int
+    wall_seconds: float  # of training and validation; the teacher's and the test's are not in it
+    cpu_seconds: float
+    steps: int
+
+    def history_frame(self) -> pd.DataFrame:
+        """Per round and client: losses, validation Dice (mean and by cartilage), seconds."""
+        return pd.DataFrame(self.history)
+
+    def test_frame(self) -> pd.DataFrame:
+        """Per client, case, class and component choice: the metrics, missing ones NaN."""
+        frame = pd.DataFrame(self.test)
+        numbers = [name for name in frame.columns if name not in ("client", "case", "cartilage", "components", "empty")]
+        return frame.astype({name: float for name in numbers} | {"class": int})
+
+
+def load_clients(cohort: cohorts.Cohort, settings: Settings) -> list[SiteData]:
+    """All clients of a cohort on the grid, in memory."""
+    return [transforms.load_site(site, settings) for site in cohort.clients]
+
+
+def run_row(
+    row: str,
+    setting: str,
+    seed: int,
+    settings: Settings,
+    root: Path | None = None,
+    *,
+    teacher_update: TeacherUpdate = FROZEN,
+    sites: Sequence[SiteData] | None = None,
+    workers: int | None = None,
+    show_progress: bool = True,
+) -> Result:
+    """Run a row once and keep it: the next call with the same inputs reads the result file.
+
+    Under ``<root>/runs`` every run has a folder with ``result.json``, ``model.safetensors`` (the students chosen on
+    validation) and, while it is under way, the checkpoint it resumes from. A damaged result is made again.
+
+    Args:
+        root: the cache folder, :func:`settings.cache_folder` when not given.
+        sites: the clients in memory (:func:`load_clients`), to load them once for many rows.
+        show_progress: a bar in Jupyter or on a terminal.
+
+    Raises:
+        ValueError: an unknown row.
+    """
+    if row not in ROWS:
+        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
+    method, base = ROWS[row], root or cache_folder()
+    cohort = cohorts.make_cohort(settings, setting, root=root)
+    network: TappedNetwork | None = None
+    if method.needs_teacher:
+        network = _teacher(settings, setting, root, show_progress)
+    inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
+    folder = base / "runs" / _folder_name(settings.name, setting, row, seed, inputs)
+    stored = _stored(folder, inputs)
+    if stored is not None:
+        return stored
+    data = list(sites) if sites is not None else load_clients(cohort, settings)
+    total = total_progress(settings, row, data, teacher_update) + len(data)
+    with progress_bar(total, f"{method.title}, {setting}") if show_progress else nullcontext(_silent) as advance:
+        outcome = run_federation(
+            settings,
+            row,
+            data,
+            network,
+            seed,
+            folder,
+            teacher_update=teacher_update,
+            workers=workers,
+            progress=advance,
+        )
+        test = _test(outcome, data, settings, advance)
+    result = Result(
+        row=row,
+        setting=setting,
+        seed=seed,
+        settings=dataclasses.asdict(settings),
+        versions=versions(),
+        inputs=inputs,
+        best_round=outcome.best_round,
+        history=outcome.history.to_dict("records"),
+        test=test,
+        messages=outcome.ledger.entries,
+        bytes_down=outcome.ledger.total("down"),
+        bytes_up=outcome.ledger.total("up"),
+        wall_seconds=outcome.seconds,
+        cpu_seconds=outcome.cpu_seconds,
+        steps=outcome.steps,
+    )
+    _save_models(folder / "model.safetensors", outcome, inputs)
+    write_atomically(folder / "result.json", result_json(result))
+    (folder / "round.safetensors").unlink(missing_ok=True)
+    return result
+
+
+def _silent(steps: int, note: str) -> None:
+    return None
+
+
+def _teacher(settings: Settings, setting: str, root: Path | None, show_progress: bool) -> TappedNetwork:
+    """The course's one teacher (seed 0): runs of several seeds differ in the students, not in the teacher."""
+    with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
+        return teacher_for(settings, setting, 0, root, advance).network
+
+
+def _inputs(
+    row: str,
+    setting: str,
+    seed: int,
+    settings: Settings,
+    cohort: cohorts.Cohort,
+    teacher: TappedNetwork | None,
+    teacher_update: TeacherUpdate,
+) -> str:
+    paths: list[Path] = []
+    for site in cohort.clients:
+        for item in (*site.training, *site.unlabelled, *site.validation, *site.test):
+            paths += [item.image] if item.label is None else [item.image, item.label]
+    parts = {
+        "row": row,
+        "setting": setting,
+        "seed": seed,
+        "settings": dataclasses.asdict(settings),
+        "clients": [site.name for site in cohort.clients],
+        "files": files_hash(paths),
+        "teacher": state_hash(teacher.state_dict()) if teacher is not None else "",
+        "teacher_update": dataclasses.asdict(teacher_update),
+        "code": code_hash(_CODE),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _test(
+    outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
+) -> list[dict[str, Any]]:
+    network = build_network(settings, 0)
+    rows: list[dict[str, Any]] = []
+    for site in sites:
+        load_state(network, outcome.models[site.name])
+        rows += [{"client": site.name, **row} for row in evaluate_cases(network, site.test).to_dict("records")]
+        advance(1, f"test volumes of {site.name}")
+    return rows
+
+
+def result_json(result: Result) -> bytes:
+    """A result as JSON: NaN becomes null, the order of the lines never changes."""
+    return (json.dumps(_without_nan(dataclasses.asdict(result)), indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file of :func:`result_json`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a result; names the file and the remedy.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Result(**facts)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run the row again.") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _stored(folder: Path, inputs: str) -> Result | None:
+    """A finished run; None when there is none, or its files are damaged and it has to be made again."""
+    try:
+        result = read_result(folder / "result.json")
+        _, facts = load_checkpoint(folder / "model.safetensors")
+    except (FileNotFoundError, CheckpointError, ValueError):
+        return None
+    return result if result.inputs == inputs and facts.get("inputs") == inputs else None
+
+
+def _save_models(path: Path, outcome: FederationResult, inputs: str) -> None:
+    """The chosen students in one file: one when all clients share it, else one per client."""
+    names = sorted(outcome.models)
+    shared = outcome.method.federated or outcome.method.objective is None
+    owners = names[:1] if shared else names
+    tensors = {f"{i}/{name}": t for i, owner in enumerate(owners) for name, t in outcome.models[owner].items()}
+    save_checkpoint(path, tensors, {"inputs": inputs, "clients": names, "shared": shared})
+
+
+def load_models(path: Path) -> dict[str, State]:
+    """The students of a ``model.safetensors`` by client; all the same when they were averaged.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see :func:`networks.load_checkpoint`.
+    """
+    tensors, facts = load_checkpoint(path)
+    states: dict[int, State] = {}
+    for key, tensor in tensors.items():
+        index, name = key.split("/", 1)
+        states.setdefault(int(index), {})[name] = tensor
+    return {client: states[0 if facts["shared"] else i] for i, client in enumerate(facts["clients"])}
+
+
+def result_folder(result: Result, root: Path | None = None) -> Path:
+    """Where :func:`run_row` keeps a result and its models."""
+    name = _folder_name(result.settings["name"], result.setting, result.row, result.seed, result.inputs)
+    return (root or cache_folder()) / "runs" / name
+
+
+def _folder_name(profile: str, setting: str, row: str, seed: int, inputs: str) -> str:
+    return f"{profile}-{setting}-{row}-seed{seed}-{inputs[:12]}"
+
+
+def comparison_table(results: Iterable[Result]) -> pd.DataFrame:
+    """One line per setting and row: test metrics, traffic and time, averaged over seeds.
+
+    "Dice" is the mean over the three cartilages, "Dice largest" the same after keeping the largest components, on
+    each volume's own grid; HD95 is the mean over the cases in which prediction and truth both hold the class, and
+    "missing" counts the predictions in which a class that is there was not found (their distance is undefined, so
+    read the two together). MB are 10^6 bytes over the whole run; seconds and steps are those of training.
+    """
+    results = list(results)
+    if not results:
+        raise ValueError("No result to compare: run a row first, with run_row.")
+    lines = [_line(result) for result in results]
+    frame = pd.DataFrame(lines)
+    counts = frame.groupby(["setting", "row"], sort=False)["seed"].nunique()
+    means = frame.drop(columns="seed").groupby(["setting", "row"], sort=False).mean()
+    means.insert(0, "seeds", counts)
+    order = {name: i for i, name in enumerate(ROWS)}
+    table = means.reset_index()
+    table = table.sort_values(
+        ["setting", "row"], key=lambda column: column.map(order) if column.name == "row" else column, ascending=True
+    )
+    table["row"] = table["row"].map(lambda name: ROWS[name].title)
+    return table.reset_index(drop=True)
+
+
+def _line(result: Result) -> dict[str, Any]:
+    frame = result.test_frame()
+    whole, largest = frame[frame["components"] == "all"], frame[frame["components"] == "largest"]
+    line: dict[str, Any] = {"setting": result.setting, "row": result.row, "seed": result.seed}
+    for c in CARTILAGES:
+        line[f"Dice {CLASS_NAMES[c]}"] = whole.loc[whole["class"] == c, "dice"].mean()
+    return line | {
+        "Dice": whole.groupby("class")["dice"].mean().mean(),
+        "Dice largest": largest.groupby("class")["dice"].mean().mean(),
+        "HD95 mm": largest.groupby("class")["hd95_mm"].mean().mean(),
+        "missing": int((whole["empty"] == "prediction").sum()),
+        "MB down": result.bytes_down / 1e6,
+        "MB up": result.bytes_up / 1e6,
+        "seconds": result.wall_seconds,
+        "steps": result.steps,
+    }

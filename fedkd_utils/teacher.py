@@ -1,0 +1,294 @@
+"""The teacher: pretrained on the repository, kept on disk, and what it says about unlabelled volumes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fedkd_utils import cohorts, losses, transforms
+from fedkd_utils.networks import (
+    ChannelDropout,
+    CheckpointError,
+    State,
+    TappedNetwork,
+    build_network,
+    load_checkpoint,
+    load_state,
+    nbytes,
+    save_checkpoint,
+)
+from fedkd_utils.provenance import code_hash, files_hash, versions
+from fedkd_utils.seeds import generator_of, seed_of
+from fedkd_utils.settings import Settings, cache_folder
+from fedkd_utils.training import Progress, TrainingLog, evaluating, train_supervised
+from fedkd_utils.transforms import SiteData
+
+#: Code that a trained teacher depends on.
+TEACHER_CODE = ("seeds", "transforms", "losses", "networks", "training", "teacher")
+
+#: Settings that a trained teacher depends on; the others may change without a new teacher.
+_TEACHER_SETTINGS = (
+    "grid_shape",
+    "grid_spacing_mm",
+    "architecture",
+    "channels",
+    "dropout",
+    "teacher_steps",
+    "teacher_learning_rate",
+    "batch_labelled",
+    "weight_decay",
+)
+
+#: Stochastic passes in one batch: enough for oneDNN, little memory (see the speed facts in the README).
+_PASSES_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained teacher, frozen: evaluation mode, no gradient."""
+
+    network: TappedNetwork
+    path: Path
+    validation: pd.DataFrame  # step, dice
+    best_step: int
+    best_dice: float  # on the repository's validation volumes
+    seconds: float  # that its training took, then
+    data_share: float  # of these, waiting for data
+
+    @property
+    def bytes(self) -> int:
+        """The size of the one message that carries it."""
+        return nbytes(self.network.state_dict())
+
+
+def freeze(network: TappedNetwork) -> TappedNetwork:
+    """Evaluation mode and no gradient, in place."""
+    return network.eval().requires_grad_(False)
+
+
+def pretrain_teacher(
+    repository: SiteData, settings: Settings, seed: int, progress: Progress | None = None
+) -> tuple[TappedNetwork, TrainingLog]:
+    """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen."""
+    network = build_network(settings, seed_of(seed, "teacher"))
+    log = train_supervised(
+        network,
+        repository.labelled_images,
+        repository.labels,
+        steps=settings.teacher_steps,
+        batch=settings.batch_labelled,
+        learning_rate=settings.teacher_learning_rate,
+        weight_decay=settings.weight_decay,
+        seed=seed_of(seed, "teacher training"),
+        labelled_classes=repository.labelled_classes,
+        validation=repository.validation,
+        validate_every=max(settings.teacher_steps // 10, 1),
+        label="teacher",
+        progress=progress,
+    )
+    return freeze(network), log
+
+
+def teacher_for(
+    settings: Settings, setting: str, seed: int = 0, root: Path | None = None, progress: Progress | None = None
+) -> Teacher:
+    """The teacher of a cohort: trained on first use, then read from ``<cache>/teachers``.
+
+    The file is named by a hash of all it depends on (settings, the repository's files, code, seed), so it is
+    made anew when one of them changes, and also when it is damaged. ``progress`` gets
+    ``settings.teacher_steps`` steps in all, at once when there is nothing to train.
+
+    Args:
+        root: the cache folder, :func:`settings.cache_folder` when not given.
+    """
+    cohort = cohorts.make_cohort(settings, setting, root=root)
+    return teacher_on(cohort.repository, settings, seed, root, progress)
+
+
+def teacher_on(
+    repository: cohorts.Site,
+    settings: Settings,
+    seed: int = 0,
+    root: Path | None = None,
+    progress: Progress | None = None,
+) -> Teacher:
+    """The teacher of any labelled site on disk, cached like :func:`teacher_for`."""
+    key = _cache_key(repository, settings, seed)
+    path = (root or cache_folder()) / "teachers" / f"{settings.name}-{key[:16]}.safetensors"
+    network = build_network(settings, 0)
+    if path.is_file():
+        try:
+            state, facts = load_checkpoint(path)
+            load_state(network, state, str(path))
+            if progress is not None:
+                progress(settings.teacher_steps, "teacher read from the cache")
+            return _teacher(freeze(network), path, facts)
+        except CheckpointError:
+            path.unlink(missing_ok=True)  # damaged: make it again
+    network, log = pretrain_teacher(transforms.load_site(repository, settings), settings, seed, progress)
+    facts = {
+        "key": key,
+        "settings": dataclasses.asdict(settings),
+        "seed": seed,
+        "versions": versions(),
+        "validation": log.validation,
+        "best_step": log.best_step,
+        "best_dice": log.best_dice if log.validation else None,
+        "seconds": log.seconds,
+        "data_share": log.data_share,
+    }
+    save_checkpoint(path, network.state_dict(), facts)
+    return _teacher(network, path, facts)
+
+
+def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any]) -> Teacher:
+    return Teacher(
+        network=network,
+        path=path,
+        validation=pd.DataFrame(facts["validation"], columns=["step", "dice"]),
+        best_step=facts["best_step"],
+        best_dice=float("nan") if facts["best_dice"] is None else facts["best_dice"],
+        seconds=facts["seconds"],
+        data_share=facts["data_share"],
+    )
+
+
+def _cache_key(repository: cohorts.Site, settings: Settings, seed: int) -> str:
+    files = [path for item in (*repository.training, *repository.validation) for path in (item.image, item.label)]
+    parts = {
+        "settings": {name: getattr(settings, name) for name in _TEACHER_SETTINGS},
+        "classes": [item.labelled_classes for item in (*repository.training, *repository.validation)],
+        "files": files_hash([path for path in files if path is not None]),
+        "code": code_hash(TEACHER_CODE),
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class TeacherSignals:
+    """What a teacher says about U unlabelled volumes, computed once because it is frozen and they stay clean.
+
+    float32, so that a signal from memory equals one computed again to the last bit. Memory per volume:
+    4 (C + 1) bytes a voxel and 4 F a position of the bottleneck, 2.8 MB at the quick grid, 32 MB at the paper's.
+    """
+
+    probabilities: Tensor  # q (U, C, D, H, W)
+    entropy: Tensor  # H of the mean of the stochastic predictions (U, D, H, W), nats
+    features: Tensor  # f_T at the bottleneck (U, F, d, h, w)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the three tensors."""
+        return nbytes({"q": self.probabilities, "h": self.entropy, "f": self.features})
+
+
+def teacher_signals(
+    teacher: TappedNetwork,
+    images: Tensor,
+    passes: int,
+    seeds: Sequence[int],
+    progress: Progress | None = None,
+) -> TeacherSignals:
+    """q, H and f_T for unlabelled volumes, as UA-MT (doi:10.1007/978-3-030-32245-8_67) estimates uncertainty.
+
+    q = p_T(u + xi_0) and f_T come from one clean pass (no dropout) on the noisy volume; H is the entropy of the
+    mean of ``passes`` predictions p_T(u + xi_i), each with its own noise and dropout. Normalisation layers stay in
+    evaluation mode, so batch statistics do not drift. The teacher is not touched (a copy works).
+
+    Args:
+        images: (U, 1, D, H, W) z-scored.
+        passes: M, at least 1.
+        seeds: one per volume; a volume's signals depend on nothing else.
+        progress: gets one step per volume.
+    """
+    if passes < 1 or len(seeds) != len(images) or len(images) == 0:
+        raise ValueError(
+            f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: a seed per volume and at least one of "
+            "each are needed."
+        )
+    network = copy.deepcopy(teacher)
+    q, uncertainty, features = [], [], []
+    with evaluating(network):
+        for image, seed in zip(images, seeds, strict=True):
+            noise = generator_of(seed, "noise")
+            network.seed_dropout(seed_of(seed, "dropout"))
+            logits, bottleneck = network.forward_with_features(_noisy(image[None], noise))
+            q.append(logits.softmax(dim=1))
+            features.append(bottleneck)
+            _dropout(network, True)
+            mean = torch.zeros_like(q[-1])
+            for first in range(0, passes, _PASSES_AT_ONCE):
+                copies = image[None].expand(min(_PASSES_AT_ONCE, passes - first), *image.shape)
+                mean += network(_noisy(copies, noise)).softmax(dim=1).sum(dim=0, keepdim=True)
+            _dropout(network, False)
+            uncertainty.append(losses.entropy(mean / passes))
+            if progress is not None:
+                progress(1, "teacher looks at unlabelled volumes")
+        joined = torch.cat(q), torch.cat(uncertainty), torch.cat(features)
+    return TeacherSignals(*(tensor.clone() for tensor in joined))  # cloned: no inference tensors outside
+
+
+def _noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images + losses.clipped_noise(images.shape, generator).to(images)
+
+
+def _dropout(network: TappedNetwork, active: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, ChannelDropout):
+            module.train(active)
+
+
+@dataclass(frozen=True)
+class TeacherUpdate:
+    """How the teacher follows the students.
+
+    ``"frozen"``: never (the paper). ``"hand_over"``: after ``warm_up_rounds`` rounds (at least one), theta_T <-
+    (1 - a) theta_T + a theta_S at the start of each round, theta_S the average all clients just received, so
+    nothing more travels.
+    ``"release"``: the released counter (:func:`release_rate`) on each client after each local epoch; its teachers
+    travel in both directions and are averaged like the students.
+    """
+
+    kind: str = "frozen"
+    warm_up_rounds: int = 0
+    rate: float = 0.0  # a
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("frozen", "hand_over", "release"):
+            raise ValueError(f"A teacher is 'frozen', 'hand_over' or 'release', not {self.kind!r}.")
+        if not 0 <= self.rate <= 1 or self.warm_up_rounds < 0:
+            raise ValueError("The rate must lie between 0 and 1 and warm_up_rounds must not be negative.")
+
+
+FROZEN = TeacherUpdate()
+RELEASE = TeacherUpdate("release")
+
+
+def blend(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor], rate: float) -> State:
+    """(1 - a) theta_T + a theta_S, in float64; integer counters of the teacher are copied."""
+    mixed = {}
+    for name, tensor in teacher.items():
+        if tensor.is_floating_point():
+            mixed[name] = ((1 - rate) * tensor.double() + rate * student[name].double()).to(tensor.dtype)
+        else:
+            mixed[name] = tensor.clone()
+    return mixed
+
+
+def release_rate(epoch: int, local_epochs: int) -> float:
+    """a of the released code after local epoch e, counted from 0 over the whole run: min(e / E, 0.99) from e = 6.
+
+    Frozen for six epochs, and then gone: of a teacher, the product of 1 - a is left, 2e-12 after one round of 30.
+    """
+    return 0.0 if epoch < 6 else min(epoch / local_epochs, 0.99)
