@@ -167,7 +167,7 @@ T1 = Sequence("spin echo", 650, 12)
 T2_FS = Sequence("spin echo", 4000, 70, fat_residual=0.08)
 GRADIENT_ECHO = Sequence("gradient echo", 20, 5.0, 20.0)
 
-#: The scanners of the course. The repository is finer than any clinic; clinics differ in contrast, grid and orientation.
+#: The scanners of the course. Clinics differ from the repository and from each other in contrast, grid and orientation.
 SCANNERS: dict[str, Scanner] = {
     s.name: s
     for s in (

@@ -2,8 +2,8 @@
 
 Every network of the course sees the same grid (``settings.grid_shape`` at ``settings.grid_spacing_mm``, in RAS order,
 z-scored per volume); every metric is computed on a volume's own grid. Resampling is separable: along each axis one
-matrix holds the share of every source voxel in every target voxel. Where the target is coarser that is the exact area average (point
-sampling a thin repository slice would alias cartilage away), where it is finer it is linear interpolation.
+matrix holds the share of every source voxel in every target voxel. Where the target is coarser that is the exact area
+average (point sampling would alias thin cartilage away), where it is finer it is linear interpolation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -42,7 +43,7 @@ def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float
             f"{path}: no such file. Check the path; a cohort is made by `python -m fedkd_utils cohort`."
         )
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         raw = np.asanyarray(image.dataobj)
     except Exception as error:  # nibabel, gzip and zlib raise many kinds for a damaged file
         raise VolumeError(f"{path}: damaged or not a NIfTI file ({error}). Copy or export it again.") from error
