@@ -1,20 +1,20 @@
 """A real knee in, its three cartilages out: any orientation, spacing and field of view.
 
-The volume is reordered to RAS (axes permuted and flipped, never rotated: the grid follows the slices as they were
-scanned), resampled to the spacing on which the network learned, cut into overlapping windows of the grid's shape,
-segmented, and the probabilities are brought back to the volume's own grid before the class is chosen. Every window is
-z-scored by itself, because that is what the network saw in training: one grid, normalised by its own mean and spread.
+The volume is brought to RAS order and to the spacing on which the network learned (axes permuted and flipped,
+never rotated: the grid follows the slices as they were scanned), cut into overlapping windows of the network's
+grid, segmented, and the probabilities are brought back to the volume's own grid before the class is chosen.
+
+In training one grid is one knee, z-scored by its own mean and spread. Here a window plays that part, so every
+window is z-scored by itself: the statistics of a whole field of view (more air, more thigh) would shift the
+contrast away from what the network knows.
 """
 
 from __future__ import annotations
 
 import gzip
-import io
-import math
 import os
-import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,35 +22,41 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from nibabel import orientations
-from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
+from fedkd_utils import transforms
 from fedkd_utils.metrics import keep_largest_components
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
+from fedkd_utils.transforms import VolumeError
+
+Network = Callable[[Tensor], Tensor]
 
 #: Share of a window that its neighbour sees too; MONAI weighs each window by a Gaussian round its centre.
 WINDOW_OVERLAP = 0.5
 
+#: Of a window, as a share of that of the whole volume: a window of nothing but air is not stretched to an image.
+LEAST_SPREAD = 0.1
+
 #: How far a field of view with a knee in it may reach along each axis: beyond, the header means other units.
 PLAUSIBLE_EXTENT_MM = (20.0, 1000.0)
 
-RAS = np.array([[0, 1], [1, 1], [2, 1]])
-MILLIMETRES = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
-ROWS_AT_ONCE = 8  # of the native grid, when probabilities come back: bounds the memory
+#: The fields of a NIfTI header that place the voxels in the world.
+GEOMETRY = ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z") + tuple(
+    f"{kind}_{axis}" for kind, axes in (("quatern", "bcd"), ("qoffset", "xyz")) for axis in axes
+)
 
 
 @dataclass(frozen=True)
 class Volume:
-    """A volume as stored: ``image`` (X, Y, Z) float32 in the file's order, ``affine`` (4, 4) voxel -> RAS mm."""
+    """A volume as stored, in the file's own order."""
 
     path: Path
-    image: NDArray[np.float32]
-    affine: NDArray[np.float64]
+    image: NDArray[np.float32]  # (X, Y, Z)
+    affine: NDArray[np.float64]  # (4, 4), voxel -> RAS mm
+    header: nib.Nifti1Header  # as on disk
 
 
 @dataclass(frozen=True)
@@ -64,12 +70,9 @@ class Segmentation:
 
 
 def segment_volume(
-    path: str | Path,
-    network: Callable[[Tensor], Tensor],
-    settings: Settings,
-    out: str | Path | None = None,
+    path: str | Path, network: Network, settings: Settings, out: str | Path | None = None
 ) -> Segmentation:
-    """Segment the knee in a NIfTI file and, when ``out`` is given, write the classes on the volume's own grid.
+    """Segment the knee in a NIfTI file; with ``out``, write the classes on the volume's own grid.
 
     Args:
         path: a three-dimensional ``.nii`` or ``.nii.gz``.
@@ -79,16 +82,16 @@ def segment_volume(
 
     Raises:
         FileNotFoundError: the volume, or the folder of ``out``, does not exist.
-        ValueError: the file cannot be a knee (see :func:`read_volume`), ``out`` would overwrite it, or the network
-            is in training mode or gives NaN.
+        VolumeError: the file cannot be a knee, see :func:`read_volume`.
+        ValueError: ``out`` would overwrite the volume, or the network is in training mode or gives NaN.
     """
     target = None if out is None else _checked_target(Path(out), Path(path))
     volume = read_volume(path)
     label = label_volume(volume, network, settings)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    volumes = {CLASS_NAMES[c]: np.count_nonzero(label == c) * voxel_ml for c in CARTILAGES}
+    volumes = {CLASS_NAMES[c]: int(np.count_nonzero(label == c)) * voxel_ml for c in CARTILAGES}
     if target is not None:
-        _write_label(target, label, volume.path)
+        _write_label(target, label, volume.header)
     return Segmentation(label, volume.affine, volumes, target)
 
 
@@ -97,17 +100,129 @@ def default_output(path: str | Path) -> Path:
     return Path(Path(path).name.removesuffix(".gz").removesuffix(".nii") + "_cartilage.nii.gz")
 
 
-# ------------------------------------------------------------------------------------------------ the network
-
-
-def label_volume(volume: Volume, network: Callable[[Tensor], Tensor], settings: Settings) -> NDArray[np.uint8]:
+def label_volume(volume: Volume, network: Network, settings: Settings) -> NDArray[np.uint8]:
     """The classes of a volume on its own grid, (X, Y, Z) uint8, largest components kept."""
     if isinstance(network, nn.Module) and network.training:
-        raise ValueError("The network is in training mode (dropout, batch statistics): call network.eval() first.")
-    turn = orientations.io_orientation(volume.affine)
-    image = np.ascontiguousarray(orientations.apply_orientation(volume.image, turn))
-    spacing = orientations.apply_orientation(np.arange(3), turn) if False else _ras_spacing(volume.affine, turn)
-    probabilities = grid_probabilities(torch.from_numpy(image), spacing, network, settings)
-    label = native_classes(probabilities, settings.grid_spacing_mm, image.shape, spacing)
-    back = orientations.ornt_transform(RAS, turn)
-    return keep_largest_components(np.ascontiguousarray(orientations.apply_orientation(label, back)))
+        raise ValueError("The network is in training mode: call network.eval() before it segments.")
+    spacing, least = settings.grid_spacing_mm, settings.grid_shape
+    view, grid_affine = transforms.to_grid(volume.image, volume.affine, spacing)
+    d, h, w = (max(have, want) for have, want in zip(view.shape, least, strict=True))
+    if (d, h, w) != tuple(view.shape):  # fills up with the smallest value, as the training grid does
+        view, grid_affine = transforms.to_grid(volume.image, volume.affine, spacing, (d, h, w))
+    probabilities = window_probabilities(view, network, settings.grid_shape)
+    x, y, z = volume.image.shape
+    return keep_largest_components(transforms.from_grid(probabilities, grid_affine, (x, y, z), volume.affine))
+
+
+@torch.inference_mode()
+def window_probabilities(view: Tensor, network: Network, window: tuple[int, int, int]) -> Tensor:
+    """Class probabilities (C, D, H, W) of a view (D, H, W) that is at least as large as the window.
+
+    Raises:
+        ValueError: the network's output is not finite, or not one channel per class.
+    """
+    least_spread = LEAST_SPREAD * float(view.std())
+
+    def predict(windows: Tensor) -> Tensor:  # (B, 1, D, H, W)
+        logits = network(z_scored(windows, least_spread))
+        if logits.ndim != 5 or logits.shape[1] != len(CLASS_NAMES) or not torch.isfinite(logits).all():
+            raise ValueError(
+                f"The network gives NaN or not {len(CLASS_NAMES)} classes (output {tuple(logits.shape)}): "
+                "train it or fetch its checkpoint again."
+            )
+        return logits.softmax(dim=1)
+
+    probabilities = sliding_window_inference(
+        view[None, None], window, sw_batch_size=2, predictor=predict, overlap=WINDOW_OVERLAP, mode="gaussian"
+    )
+    return torch.as_tensor(probabilities)[0]
+
+
+def z_scored(windows: Tensor, least_spread: float) -> Tensor:
+    """(x - mean) / max(standard deviation, least_spread) of every window (B, 1, D, H, W) by itself."""
+    spread, mean = torch.std_mean(windows, dim=(1, 2, 3, 4), keepdim=True)
+    return (windows - mean) / spread.clamp_min(least_spread)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a NIfTI volume and refuse what :func:`transforms.read_volume` refuses, and what only a stranger's
+    file can be: without image or orientation, with a spacing or extent that no knee has, of wrong checksum.
+
+    Raises:
+        FileNotFoundError: no such file.
+        VolumeError: one line with the file, what is wrong, and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Give the path of a .nii or .nii.gz volume.")
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise VolumeError(f"{path}: not a .nii or .nii.gz file. Convert the series, for example with dcm2niix.")
+    header = _stored_header(path)
+    spacing = np.asarray(header["pixdim"][1:4], dtype=float)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise VolumeError(
+            f"{path}: the spacing in its header is {_numbers(spacing)}, not three positive numbers. "
+            "Convert the original series again."
+        )
+    if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
+        raise VolumeError(
+            f"{path}: its header has no orientation (qform and sform code 0), so up and down are unknown. "
+            "Convert the original series again."
+        )
+    try:
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused
+            image, affine = transforms.read_volume(path)
+    except VolumeError as error:  # nibabel's own words may run over several lines
+        raise VolumeError(" ".join(line.strip() for line in str(error).splitlines())) from error
+    if image.min() == image.max():
+        raise VolumeError(f"{path}: all voxels are {image.min():g}, there is no image in it. Export it again.")
+    extent = nib.affines.voxel_sizes(affine) * image.shape
+    if not ((extent >= PLAUSIBLE_EXTENT_MM[0]) & (extent <= PLAUSIBLE_EXTENT_MM[1])).all():
+        raise VolumeError(
+            f"{path}: it reaches over {_numbers(extent)} mm, which no scan of a knee does. "
+            "Check the spacing and its unit in the header."
+        )
+    return Volume(path, image, affine, header)
+
+
+def _stored_header(path: Path) -> nib.Nifti1Header:
+    """The header as it is on disk (nibabel mends a spacing of 0), after reading a ``.gz`` to its checksum."""
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            start = file.read(540)
+            while file.read(1 << 22):
+                pass
+        kind = nib.Nifti2Header if start[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c") else nib.Nifti1Header
+        return kind(start[: kind.sizeof_hdr], check=False)
+    except (OSError, EOFError, zlib.error, WrapStructError, HeaderDataError) as error:
+        raise VolumeError(f"{path}: damaged or not a NIfTI file ({error}). Copy or export it again.") from error
+
+
+def _numbers(values: NDArray[np.float64]) -> str:
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def _checked_target(out: Path, source: Path) -> Path:
+    if not out.name.endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{out}: the segmentation is a NIfTI file. Give a name that ends in .nii.gz.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder. Make it, or write elsewhere.")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise ValueError(f"{out}: that is the volume itself. Give another name for the segmentation.")
+    return out
+
+
+def _write_label(out: Path, label: NDArray[np.uint8], source: nib.Nifti1Header) -> None:
+    """Write beside ``out`` and move it there; of ``source`` it takes the geometry and nothing else."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.uint8)
+    header.set_xyzt_units("mm")
+    header["pixdim"][:4] = source["pixdim"][:4]
+    for field in GEOMETRY:
+        header[field] = source[field]
+    partial = out.with_name(f".{os.getpid()}.{out.name}")
+    try:
+        nib.save(nib.Nifti1Image(label, None, header), partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
