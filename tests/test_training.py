@@ -265,6 +265,7 @@ def test_progress_is_silent_where_nobody_looks(capfd: pytest.CaptureFixture[str]
 
 def test_progress_draws_a_line_on_a_terminal() -> None:
     import pty
+    import termios
 
     program = (
         "from fedkd_utils.training import progress_bar\n"
@@ -272,6 +273,7 @@ def test_progress_draws_a_line_on_a_terminal() -> None:
         "    [advance(1, 'loss 1.0') for _ in range(3)]\n"
     )
     master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stderr=terminal, stdout=subprocess.PIPE)
     os.close(terminal)
     shown = ""
