@@ -17,10 +17,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from monai.inferers import sliding_window_inference
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -49,6 +52,14 @@ GEOMETRY = ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z") + tuple(
 )
 
 
+#: Colour (the paper's) and line of each cartilage in a picture.
+OUTLINES: dict[int, tuple[str, Literal["solid", "dashed", "dotted"]]] = {
+    1: ("red", "solid"),
+    2: ("lime", "dashed"),
+    3: ("deepskyblue", "dotted"),
+}
+
+
 @dataclass(frozen=True)
 class Volume:
     """A volume as stored, in the file's own order."""
@@ -66,33 +77,44 @@ class Segmentation:
     label: NDArray[np.uint8]  # (X, Y, Z), 0 background, 1 femoral, 2 tibial, 3 patellar
     affine: NDArray[np.float64]  # (4, 4), voxel -> RAS mm
     volumes_ml: dict[str, float]  # by name of the cartilage
-    path: Path | None  # the file that was written, if any
+    source: Path
+    path: Path  # the file that was written
+
+    def report(self) -> str:
+        """What was read, how much cartilage was found, and where it is written: for a terminal."""
+        voxels = " x ".join(str(n) for n in self.label.shape)
+        size, code = _numbers(nib.affines.voxel_sizes(self.affine)), "".join(nib.aff2axcodes(self.affine))
+        lines = [f"{self.source}: {voxels} voxels of {size} mm, axes {code}"]
+        lines += [f"  {name + ' cartilage':<20}{ml:6.1f} ml" for name, ml in self.volumes_ml.items()]
+        return "\n".join([*lines, f"written: {self.path}"])
 
 
 def segment_volume(
     path: str | Path, network: Network, settings: Settings, out: str | Path | None = None
 ) -> Segmentation:
-    """Segment the knee in a NIfTI file; with ``out``, write the classes on the volume's own grid.
+    """Segment the knee in a NIfTI file and write the classes on the volume's own grid.
+
+    Without a file: ``label_volume(read_volume(path), network, settings)``.
 
     Args:
         path: a three-dimensional ``.nii`` or ``.nii.gz``.
         network: (B, 1, D, H, W) z-scored -> (B, C, D, H, W) logits; a module must be in evaluation mode.
         settings: of the network: ``grid_shape`` and ``grid_spacing_mm``.
-        out: the ``.nii`` or ``.nii.gz`` to write (uint8, same shape and affine), replaced in one step.
+        out: the ``.nii`` or ``.nii.gz`` to write (uint8, same shape and affine), replaced in one step; without
+            it ``any/knee.nii.gz`` becomes ``knee_cartilage.nii.gz`` in the current folder.
 
     Raises:
         FileNotFoundError: the volume, or the folder of ``out``, does not exist.
         VolumeError: the file cannot be a knee, see :func:`read_volume`.
         ValueError: ``out`` would overwrite the volume, or the network is in training mode or gives NaN.
     """
-    target = None if out is None else _checked_target(Path(out), Path(path))
+    target = _checked_target(default_output(path) if out is None else Path(out), Path(path))
     volume = read_volume(path)
     label = label_volume(volume, network, settings)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes = {CLASS_NAMES[c]: int(np.count_nonzero(label == c)) * voxel_ml for c in CARTILAGES}
-    if target is not None:
-        _write_label(target, label, volume.header)
-    return Segmentation(label, volume.affine, volumes, target)
+    _write_label(target, label, volume.header)
+    return Segmentation(label, volume.affine, volumes, volume.path, target)
 
 
 def default_output(path: str | Path) -> Path:
@@ -183,6 +205,42 @@ def read_volume(path: str | Path) -> Volume:
             "Check the spacing and its unit in the header."
         )
     return Volume(path, image, affine, header)
+
+
+def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
+    """Draw a segmentation: eight sagittal slices through the cartilage, anterior to the right, one outline a class.
+
+    Femoral red and solid, tibial green and dashed, patellar blue and dotted. A slice is named by its position in
+    mm, from left (-) to right (+).
+
+    Args:
+        volume: the NIfTI volume.
+        label: its segmentation, on the same grid.
+        out: the picture to write, ``.png``.
+
+    Raises:
+        FileNotFoundError, VolumeError: see :func:`transforms.read_volume` and :func:`transforms.read_label`.
+    """
+    stored, affine = transforms.read_volume(volume)
+    image, ras = transforms.to_ras(stored, affine)
+    classes, _ = transforms.to_ras(transforms.read_label(label, volume, stored.shape, affine), affine)
+    hit = np.flatnonzero(classes.any(axis=(1, 2)))
+    first, last = (hit[0], hit[-1]) if hit.size else (0, len(image) - 1)
+    steps = transforms.voxel_sizes_mm(ras)
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    darkest, brightest = np.percentile(image.astype(np.float32), (1, 99.5))
+    for axes, k in zip(figure.subplots(2, 4).flat, np.linspace(first, last, 8).round().astype(int), strict=True):
+        axes.imshow(image[k].T, cmap="gray", origin="lower", aspect=steps[2] / steps[1], vmin=darkest, vmax=brightest)
+        for c, (colour, line) in OUTLINES.items():
+            if (classes[k] == c).any():
+                axes.contour((classes[k] == c).T, levels=[0.5], colors=colour, linestyles=line, linewidths=1.2)
+        centre = nib.affines.apply_affine(ras, (np.array(image.shape) - 1) / 2 * (0, 1, 1) + (k, 0, 0))
+        axes.set_title(f"x = {centre[0]:+.0f} mm", fontsize=9)
+        axes.set_axis_off()
+    handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in OUTLINES.values()]
+    names = [f"{CLASS_NAMES[c]} cartilage" for c in OUTLINES]
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(out, dpi=110)
 
 
 def _stored_header(path: Path) -> nib.Nifti1Header:

@@ -10,6 +10,7 @@ import itertools
 import math
 import warnings
 
+import matplotlib.image
 import nibabel as nib
 import numpy as np
 import pytest
@@ -26,6 +27,11 @@ from fedkd_utils.settings import QUICK
 SMALL = dataclasses.replace(QUICK, grid_shape=(8, 16, 16), grid_spacing_mm=(4.0, 2.0, 2.0))
 SPACING = (3.0, 1.3, 1.1)
 SHAPE = (22, 34, 39)  # 66 x 44 x 43 mm: several windows of 32 x 32 x 32 mm
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def affine_of(spacing=SPACING, origin=(-31.0, -12.0, 7.0)):
@@ -120,7 +126,6 @@ def test_a_bright_ball_is_found_where_it_is(tmp_path, spacing, oblique):
     assert np.linalg.norm(found - centre) < 0.8  # a fifth of the grid's 4 mm
     assert result.volumes_ml["femoral"] == pytest.approx(4 / 3 * math.pi * radius**3 / 1000, rel=0.12)
     assert result.volumes_ml["tibial"] == 0 == result.volumes_ml["patellar"]
-    assert result.path is None
 
 
 def test_every_window_is_z_scored_by_itself(tmp_path):
@@ -419,6 +424,41 @@ def test_the_volume_is_never_overwritten(tmp_path):
     assert path.read_bytes() == before
     assert str(segment.default_output("/some/where/knee.v2.nii.gz")) == "knee.v2_cartilage.nii.gz"
     assert str(segment.default_output("knee.nii")) == "knee_cartilage.nii.gz"
+
+
+def test_the_default_output_and_the_report(tmp_path):
+    (tmp_path / "far").mkdir()
+    path = save(tmp_path / "far" / "knee.nii.gz", *turned(IMAGE, affine_of(), np.array([[2, 1], [0, -1], [1, 1]])))
+    result = segment.segment_volume(path, Lopsided(), SMALL)
+    assert (tmp_path / "knee_cartilage.nii.gz").is_file()
+    lines = result.report().splitlines()
+    shape, spacing, codes = "34 x 39 x 22", "1.3 x 1.1 x 3", "".join(nib.aff2axcodes(result.affine))
+    assert lines[0] == f"{path}: {shape} voxels of {spacing} mm, axes {codes}" and codes == "PSR"
+    assert lines[2].split() == ["tibial", "cartilage", f"{result.volumes_ml['tibial']:.1f}", "ml"]
+    assert lines[4] == "written: knee_cartilage.nii.gz"
+
+
+def reddish(path):
+    picture = matplotlib.image.imread(path)[:480, :, :3]  # above the legend
+    return int(((picture[..., 0] > 0.8) & (picture[..., 1:].max(axis=-1) < 0.3)).sum())
+
+
+def test_the_picture_shows_the_outlines_and_does_not_depend_on_the_orientation(tmp_path):
+    label = np.zeros(SHAPE, np.uint8)
+    label[5:15, 10:20, 10:20], label[5:15, 22:26, 10:20] = 1, 2
+    pictures = []
+    for turn in ([[0, 1], [1, 1], [2, 1]], [[2, -1], [0, 1], [1, -1]], [[1, 1], [2, -1], [0, -1]]):
+        volume = save(tmp_path / "v.nii", *turned(IMAGE, affine_of(), np.array(turn)))
+        drawn = save(tmp_path / "l.nii.gz", *turned(label, affine_of(), np.array(turn)))
+        segment.preview(volume, drawn, tmp_path / "p.png")
+        pictures.append((tmp_path / "p.png").read_bytes())
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert reddish(tmp_path / "p.png") > 500
+    volume, empty = save(tmp_path / "v.nii", IMAGE), save(tmp_path / "l.nii.gz", 0 * label)
+    segment.preview(volume, empty, tmp_path / "p.png")
+    assert reddish(tmp_path / "p.png") == 0
+    with pytest.raises(transforms.VolumeError, match="shape"):
+        segment.preview(volume, save(tmp_path / "l.nii.gz", label[1:]), tmp_path / "p.png")
 
 
 def test_a_network_that_cannot_segment_is_refused(tmp_path):
