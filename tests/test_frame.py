@@ -1,0 +1,118 @@
+"""The project's frame: pins that agree, files that exist, targets that are there, no path of a build machine."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)$")
+# Spelled in two parts so that this file does not find itself.
+BUILD_PATHS = tuple("/" + rest for rest in ("work/main", "work/shared", "root/", "tmp/bash_jobs"))
+
+
+def pins_of_pyproject(text: str) -> dict[str, str]:
+    project = tomllib.loads(text)["project"]
+    wanted = project["dependencies"] + [d for group in project["optional-dependencies"].values() for d in group]
+    return _pins(wanted)
+
+
+def pins_of_environment(text: str) -> dict[str, str]:
+    lines = [line.split("#")[0].strip() for line in text.split("- pip:", 1)[1].splitlines()]
+    items = [line[1:].strip() for line in lines if line.startswith("-")]
+    return _pins([item for item in items if item != "-e ."])
+
+
+def _pins(requirements: list[str]) -> dict[str, str]:
+    pins = {}
+    for requirement in requirements:
+        match = PIN.match(requirement)
+        assert match, f"{requirement!r} is not pinned with =="
+        pins[match[1].lower().replace("_", "-")] = match[2]
+    return pins
+
+
+def disagreements(pyproject: str, environment: str) -> list[str]:
+    one, other = pins_of_pyproject(pyproject), pins_of_environment(environment)
+    names = sorted(one.keys() | other.keys())
+    return [f"{n}: {one.get(n)} and {other.get(n)}" for n in names if one.get(n) != other.get(n)]
+
+
+def test_environment_and_pyproject_agree():
+    assert not disagreements((PROJECT / "pyproject.toml").read_text(), (PROJECT / "environment.yml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "name"),
+    [("torch==", "torch==9", "torch"), ("- tqdm==", "- other==", "tqdm"), ("- -e .", "- extra==1.0", "extra")],
+)
+def test_a_disagreement_is_found(find, replace, name):
+    pyproject, environment = (PROJECT / "pyproject.toml").read_text(), (PROJECT / "environment.yml").read_text()
+    assert find in environment
+    found = disagreements(pyproject, environment.replace(find, replace, 1))
+    assert any(line.startswith(name + ":") for line in found)
+
+
+def test_an_unpinned_requirement_is_found():
+    with pytest.raises(AssertionError, match="not pinned"):
+        _pins(["torch>=2"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "LICENSE", "CITATION.cff", "Makefile", "pyproject.toml", "environment.yml", ".gitignore", ".ci/run"]
+    + [".github/workflows/ci.yml"],
+)
+def test_file_exists(name):
+    assert (PROJECT / name).is_file()
+
+
+def test_ci_calls_make_test():
+    ci = PROJECT / ".ci" / "run"
+    assert ci.stat().st_mode & 0o100, ".ci/run is not executable"
+    assert "set -euo pipefail" in ci.read_text() and re.search(r"^make test$", ci.read_text(), re.M)
+    assert "make test" in (PROJECT / ".github" / "workflows" / "ci.yml").read_text()
+
+
+def test_makefile_has_the_targets():
+    text = (PROJECT / "Makefile").read_text()
+    for target in ("run", "test", "lab", "notebooks", "clean", "help"):
+        assert re.search(rf"^{target}:", text, re.M), target
+    shown = subprocess.run(["make", "help"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert "make run" in shown and "make test" in shown
+
+
+def test_make_says_which_python_is_missing(tmp_path):
+    (tmp_path / "Makefile").write_text((PROJECT / "Makefile").read_text())
+    (tmp_path / "pyproject.toml").write_text("")
+    done = subprocess.run(["make", "setup", "PYTHON="], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0 and "No Python 3.11 or newer found" in done.stdout
+
+
+def test_threads_are_the_same_in_makefile_and_tests():
+    makefile = re.search(r"OMP_NUM_THREADS \?= (\d+)", (PROJECT / "Makefile").read_text())
+    tests = re.search(r'"OMP_NUM_THREADS", "(\d+)"', (PROJECT / "tests" / "conftest.py").read_text())
+    assert makefile and tests and makefile[1] == tests[1]
+
+
+def paths_of_a_machine(text: str) -> list[str]:
+    return [path for path in BUILD_PATHS if path in text]
+
+
+def test_no_tracked_file_holds_a_path_of_a_build_machine():
+    assert paths_of_a_machine("see /" + "work/main/x")
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    found = {}
+    for name in filter(None, listed.stdout.split("\0")):
+        path = PROJECT / name
+        if path.is_file() and path.suffix not in {".gz", ".png", ".safetensors"}:
+            if hits := paths_of_a_machine(path.read_text(encoding="utf-8", errors="ignore")):
+                found[name] = hits
+    assert not found
