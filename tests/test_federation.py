@@ -1,0 +1,470 @@
+"""The federation: oracles of averaging, the ledger against tensor sizes, resume after kills, and bad clients."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedkd_utils import federation, losses, networks, teacher, training
+from fedkd_utils.federation import FederationError, FederationResult, Update
+from fedkd_utils.methods import ROWS
+from fedkd_utils.networks import CheckpointError, State
+from fedkd_utils.seeds import seed_of
+from fedkd_utils.settings import QUICK
+from fedkd_utils.teacher import TeacherUpdate
+from fedkd_utils.transforms import Case, SiteData
+
+TINY = replace(
+    QUICK,
+    name="tiny",
+    grid_shape=(4, 16, 16),
+    channels=(4, 8),
+    dropout=0.2,
+    rounds=3,
+    local_epochs=2,
+    steps_per_epoch=2,
+    batch_labelled=2,
+    batch_unlabelled=2,
+    learning_rate=1e-2,
+    teacher_passes=3,
+)
+SHAPE = TINY.grid_shape
+VNET = replace(TINY, architecture="vnet", grid_shape=(16, 16, 16), rounds=1)
+
+
+def knees(count: int, seed: int, shape: tuple[int, int, int] = SHAPE) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.zeros((count, *shape), dtype=torch.long)
+    for volume in labels:
+        for c in (1, 2, 3):
+            row, column = 4 * c - 3, int(torch.randint(1, 9, (1,), generator=generator))
+            volume[1:3, row : row + 3, column : column + 6] = c
+    return labels[:, None].float() + 0.3 * torch.randn((count, 1, *shape), generator=generator), labels
+
+
+def site(name: str, seed: int, labelled: int = 2, unlabelled: int = 3, shape: tuple[int, int, int] = SHAPE) -> SiteData:
+    images, labels = knees(labelled, seed, shape)
+    cases = []
+    for i in range(2):
+        image, label = knees(1, 1000 + 10 * seed + i, shape)
+        affine = np.diag([4.0, 1.2, 1.2, 1.0])
+        native = label[0].numpy().astype(np.uint8)
+        cases.append(Case(f"{name} {i}", image[0], label[0], affine, native, shape, affine, (1, 2, 3)))
+    pool = knees(max(unlabelled, 1), seed + 500, shape)[0][:unlabelled]
+    return SiteData(name, images, labels, pool, cases[:1], cases[1:], (1, 2, 3))
+
+
+SITES = [site("south", 1), site("north", 2, labelled=3, unlabelled=5), site("east", 3)]
+TEACHER = teacher.freeze(networks.build_network(TINY, 99))
+
+
+def equal(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def numbers(result: FederationResult) -> list[dict[str, Any]]:
+    """The history without what a clock measured."""
+    return result.history.drop(columns=["seconds", "data_seconds"], errors="ignore").to_dict("records")
+
+
+def same(a: FederationResult, b: FederationResult) -> bool:
+    models = all(equal(a.models[k], b.models[k]) for k in a.models)
+    return models and numbers(a) == numbers(b) and a.best_round == b.best_round and a.ledger == b.ledger
+
+
+def run(row: str = "dual_kd", **more: Any) -> FederationResult:
+    chosen = more.pop("settings", TINY)
+    return federation.run_federation(
+        chosen, row, more.pop("sites", SITES), TEACHER, 0, more.pop("folder", None), **more
+    )
+
+
+@functools.cache
+def undisturbed(row: str = "dual_kd") -> FederationResult:
+    """A plain run to compare with, once."""
+    return run(row)
+
+
+# --- averaging --------------------------------------------------------------------------------------------------
+
+
+def state(*values: float, count: int = 0) -> State:
+    return {"w": torch.tensor(values), "steps": torch.tensor(count), "half": torch.tensor(values[:1]).half()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(-100, 100, width=32), st.integers(1, 1000)), min_size=1, max_size=5))
+def test_averaging_is_the_weighted_mean_in_any_order(clients: list[tuple[float, int]]) -> None:
+    updates = [Update(f"c{i}", state(v, -v, count=i), n, {}) for i, (v, n) in enumerate(clients)]
+    averaged = federation.aggregate(updates)
+    exact = sum(n * v for v, n in clients) / sum(n for _, n in clients)
+    assert averaged["w"].tolist() == pytest.approx([exact, -exact], rel=1e-6, abs=1e-5)
+    assert averaged["w"].dtype == torch.float32 and averaged["half"].dtype == torch.float16
+    assert averaged["steps"].item() == 0 and averaged["steps"].dtype == torch.int64  # copied from the first name
+    for order in itertools.islice(itertools.permutations(updates), 20):
+        assert equal(federation.aggregate(order), averaged)
+
+
+def test_an_average_of_equal_states_is_that_state_and_its_own() -> None:
+    start = networks.copy_state(networks.build_network(TINY, 0))
+    averaged = federation.aggregate([Update(n, start, 3, {}) for n in ("a", "b", "c", "d")])
+    assert all(torch.allclose(averaged[k], start[k], rtol=1e-7, atol=0) for k in start)
+    next(iter(averaged.values())).zero_()
+    assert next(iter(start.values())).abs().sum() > 0
+
+
+def test_bad_updates_are_refused_with_the_clients_name() -> None:
+    good = Update("a", state(1, 2), 1, {})
+    faults: list[tuple[Update, type[Exception], str]] = [
+        (Update("b", state(1, float("nan")), 1, {}), CheckpointError, "client b.*w holds NaN"),
+        (Update("b", state(1, float("inf")), 1, {}), CheckpointError, "client b"),
+        (Update("b", state(1, 2, 3), 1, {}), CheckpointError, "client b.*shape"),
+        (Update("b", {"w": torch.zeros(2)}, 1, {}), CheckpointError, "client b.*missing"),
+        (Update("b", state(1, 2), 0, {}), FederationError, "client b counts 0"),
+        (Update("a", state(1, 2), 1, {}), FederationError, "Two updates of one client"),
+    ]
+    for bad, kind, text in faults:
+        with pytest.raises(kind, match=text):
+            federation.aggregate([good, bad])
+    with pytest.raises(FederationError, match="No client"):
+        federation.aggregate([])
+    with pytest.raises(CheckpointError, match="client a"):
+        federation.server_step({"other": torch.zeros(2)}, [good])
+
+
+# --- oracles ----------------------------------------------------------------------------------------------------
+
+
+def test_one_client_equals_plain_training_bit_by_bit() -> None:
+    once = replace(TINY, rounds=1)
+    result = federation.run_federation(once, "fedavg", SITES[:1], seed=7)
+    network = networks.build_network(once, seed_of(7, "student"))
+    training.train_supervised(
+        network,
+        SITES[0].labelled_images,
+        SITES[0].labels,
+        steps=federation.steps_per_round(once),
+        batch=once.batch_labelled,
+        learning_rate=once.learning_rate,
+        weight_decay=once.weight_decay,
+        seed=seed_of(7, "client", SITES[0].name, 1),
+        labelled_classes=(1, 2, 3),
+    )
+    assert equal(result.models["south"], networks.copy_state(network))
+
+
+def sgd(parameters: Any, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=learning_rate)
+
+
+def test_one_full_batch_step_of_all_clients_equals_one_centralised_step() -> None:
+    """In float64: equal counts, a loss that is a mean over volumes, no dropout, no augmentation."""
+    plain = replace(TINY, dropout=0.0, local_epochs=1, steps_per_epoch=1, rounds=1, batch_labelled=3)
+    sites = [site(f"c{i}", 20 + i, labelled=3) for i in range(4)]
+    for one in sites:
+        one.labelled_images = one.labelled_images.double()
+    start = {k: v.double() for k, v in networks.copy_state(networks.build_network(plain, 5)).items()}
+    updates = [
+        federation.client_update(start, s, ROWS["fedavg"], plain, 1, 0, augmentation=None, make_optimiser=sgd)
+        for s in sites
+    ]
+    averaged = federation.server_step(start, updates)
+    central = networks.build_network(plain, 0)
+    networks.load_state(central, start)
+    loss = losses.supervised_loss(
+        central(torch.cat([s.labelled_images for s in sites])), torch.cat([s.labels for s in sites])
+    )
+    loss.backward()
+    moved = 0.0
+    for name, parameter in central.named_parameters():
+        assert parameter.grad is not None and averaged[name].dtype == torch.float64
+        expected = parameter.detach() - plain.learning_rate * parameter.grad
+        moved = max(moved, (expected - start[name]).abs().max().item())
+        assert torch.allclose(averaged[name], expected, rtol=0, atol=1e-12), name
+    assert moved > 1e-5
+
+
+def test_unequal_clients_weigh_by_their_examples() -> None:
+    once = replace(TINY, rounds=1)
+    result = federation.run_federation(once, "fedavg", SITES, seed=3)
+    start = networks.copy_state(networks.build_network(once, seed_of(3, "student")))
+    updates = [federation.client_update(start, s, ROWS["fedavg"], once, 1, 3) for s in SITES]
+    assert {u.client: u.n_examples for u in updates} == {"south": 5, "north": 8, "east": 5}
+    for name, tensor in result.models["north"].items():
+        exact = sum(u.state[name].double() * u.n_examples for u in updates) / 18
+        assert torch.allclose(tensor.double(), exact, rtol=0, atol=1e-6)
+
+
+def test_dual_distillation_without_weights_is_fedavg_bit_by_bit() -> None:
+    """So all rows share initial weights, batches, augmentation and dropout masks."""
+    none = replace(TINY, response_weight=0.0, feature_weight=0.0)
+    a, b = run("dual_kd", settings=none), undisturbed("fedavg")
+    assert equal(a.models["east"], b.models["east"])
+    assert not equal(undisturbed().models["east"], b.models["east"])
+
+
+def test_a_client_update_depends_on_its_arguments_only() -> None:
+    start = networks.copy_state(networks.build_network(TINY, 0))
+    before = {k: v.clone() for k, v in start.items()}
+    torch.manual_seed(1)
+    a = federation.client_update(start, SITES[0], ROWS["dual_kd"], TINY, 2, 0, teacher=TEACHER)
+    torch.manual_seed(2)
+    signals = federation.signals_for(TEACHER, SITES[0], TINY, 0)
+    b = federation.client_update(start, SITES[0], ROWS["dual_kd"], TINY, 2, 0, signals=signals)
+    other_round = federation.client_update(start, SITES[0], ROWS["dual_kd"], TINY, 3, 0, signals=signals)
+    assert equal(a.state, b.state) and not equal(a.state, other_round.state) and equal(start, before)
+    assert a.metrics["steps"] == 4 and {"loss", "supervised", "response", "feature", "trusted"} <= a.metrics.keys()
+
+
+def test_batch_statistics_are_averaged_and_counters_copied() -> None:
+    sites = [site(n, i, 2, 2, VNET.grid_shape) for i, n in enumerate(("a", "b"))]
+    start = networks.copy_state(networks.build_network(VNET, 0))
+    updates = [federation.client_update(start, s, ROWS["fedavg"], VNET, 1, 0) for s in sites]
+    averaged = federation.server_step(start, updates)
+    mean = next(k for k in averaged if k.endswith("running_mean"))
+    counter = next(k for k in averaged if k.endswith("num_batches_tracked"))
+    first, second = (u.state[mean] for u in updates)
+    assert not torch.equal(first, second)
+    assert torch.allclose(averaged[mean], (first + second) / 2, rtol=0, atol=1e-6)
+    assert averaged[counter].item() == updates[0].state[counter].item() == 4
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients() -> None:
+    one = run(workers=1)
+    assert same(one, run(sites=SITES[::-1], workers=3)) and same(one, undisturbed())
+    assert not same(one, federation.run_federation(TINY, "dual_kd", SITES, TEACHER, 1))
+
+
+def test_the_frozen_teacher_is_never_changed() -> None:
+    before = networks.copy_state(TEACHER)
+    generator = TEACHER.dropout_generator.get_state()
+    run("dual_kd")
+    run("teacher_only")
+    assert equal(networks.copy_state(TEACHER), before)
+    assert torch.equal(TEACHER.dropout_generator.get_state(), generator) and not TEACHER.training
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_the_model_is_the_best_on_validation(row: str) -> None:
+    result = undisturbed(row)
+    history = result.history
+    assert list(history.columns[:6]) == ["round", "client", "validation", "femoral", "tibial", "patellar"]
+    by_round = result.validation_by_round()
+    for one in SITES:
+        own = history[history["client"] == one.name].set_index("round")["validation"]
+        scores = own if row == "local_only" else by_round
+        assert result.best_round[one.name] == scores.idxmax()  # the first of equals
+        network = networks.build_network(TINY, 0)
+        networks.load_state(network, result.models[one.name])
+        assert training.validate(network, one.validation) == own[result.best_round[one.name]]
+    assert result.steps == (0 if row == "teacher_only" else 3 * 3 * 4)
+
+
+def test_local_only_is_each_client_without_the_others() -> None:
+    together = undisturbed("local_only")
+    alone = federation.run_federation(TINY, "local_only", SITES[:1], seed=0)
+    assert equal(together.models["south"], alone.models["south"])
+    assert together.ledger.entries == [] and not equal(together.models["south"], together.models["east"])
+
+
+def test_the_ledger_counts_every_tensor_once_per_message() -> None:
+    model = sum(p.numel() * 4 for p in TEACHER.parameters())
+    rounds, clients = TINY.rounds, len(SITES)
+    expected = {
+        "teacher_only": (clients * model, 0),
+        "local_only": (0, 0),
+        "fedavg": ((rounds + 1) * clients * model, rounds * clients * model),
+        "dual_kd": ((rounds + 1) * clients * model + clients * model, rounds * clients * model),
+    }
+    for row, (down, up) in expected.items():
+        ledger = undisturbed(row).ledger
+        assert (ledger.total("down"), ledger.total("up")) == (down, up)
+        assert ledger.total() == down + up == ledger.frame()["bytes"].sum()
+    table = undisturbed().ledger.frame()
+    teachers = table[table["what"] == "teacher"]
+    assert sorted(teachers["client"]) == ["east", "north", "south"]  # once each, before training
+    assert set(teachers["round"]) == {0} and set(teachers["direction"]) == {"down"}
+    keys = table[["round", "direction", "client", "what"]]
+    assert not keys.duplicated().any()
+
+
+def test_progress_adds_up_to_what_was_announced() -> None:
+    updates = [teacher.FROZEN, TeacherUpdate("hand_over", 1, 0.5), teacher.RELEASE]
+    for row, update in [*((row, teacher.FROZEN) for row in ROWS), *(("dual_kd", update) for update in updates)]:
+        steps: list[int] = []
+        run(row, teacher_update=update, progress=lambda n, note: steps.append(n))  # noqa: B023
+        assert sum(steps) == federation.total_progress(TINY, row, SITES, update), (row, update)
+
+
+# --- a teacher that moves ---------------------------------------------------------------------------------------
+
+
+def test_hand_over_moves_the_teacher_after_the_warm_up_and_sends_nothing() -> None:
+    frozen = undisturbed()
+    late = run(teacher_update=TeacherUpdate("hand_over", TINY.rounds, 0.5))
+    assert same(frozen, late)
+    still = run(teacher_update=TeacherUpdate("hand_over", 1, 0.0))
+    assert same(frozen, still)
+    moved = run(teacher_update=TeacherUpdate("hand_over", 2, 0.5))
+    assert moved.ledger == frozen.ledger
+    a, b = numbers(frozen), numbers(moved)
+    assert a[:6] == b[:6] and a[6:] != b[6:]  # two rounds alike, three clients each
+
+
+def test_the_released_counter_ships_and_erases_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one round of 30 epochs 2e-12 of a teacher is left: whoever started as teacher, the same one ends."""
+    long = replace(TINY, local_epochs=30, steps_per_epoch=1, rounds=1, batch_labelled=1, batch_unlabelled=1)
+    start = networks.copy_state(networks.build_network(long, 0))
+    signals = federation.signals_for(TEACHER, SITES[0], long, 0)
+    monkeypatch.setattr(federation, "signals_for", lambda *a: signals)  # so that both have the same students
+    ends = []
+    for seed in (99, 100):
+        master = teacher.freeze(networks.build_network(long, seed))
+        update = federation.client_update(
+            start, SITES[0], ROWS["dual_kd"], long, 1, 0, teacher=master, teacher_update=teacher.RELEASE
+        )
+        assert update.teacher_state is not None
+        ends.append(update.teacher_state)
+    other = networks.build_network(long, 100).state_dict()
+    apart = max((TEACHER.state_dict()[k] - other[k]).abs().max().item() for k in other)
+    left = max((ends[0][k] - ends[1][k]).abs().max().item() for k in other)
+    assert apart > 0.1 and left < 1e-6  # float32 cannot show 2e-12
+
+
+def test_released_teachers_travel_in_both_directions_every_round() -> None:
+    result = run("dual_kd", teacher_update=teacher.RELEASE)
+    model = networks.nbytes(TEACHER.state_dict())
+    assert result.ledger.total(what="teacher") == (1 + 2 * TINY.rounds) * len(SITES) * model
+
+
+# --- resume -----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a KeyboardInterrupt: nobody catches it."""
+
+
+@pytest.mark.parametrize("row", ["local_only", "dual_kd"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_goes_on_with_the_same_numbers(row: str, workers: int, tmp_path: Path) -> None:
+    """Killed inside the first round, inside the second, and once more soon after it was resumed."""
+    whole = undisturbed(row)
+    looks = 11 if row == "dual_kd" else 0
+    for kill_after in (looks + 2, looks + 15, looks + 13):
+        steps = 0
+
+        def kill(n: int, note: str, limit: int = kill_after) -> None:
+            nonlocal steps
+            steps += n
+            if steps >= limit:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run(row, folder=tmp_path, workers=workers, progress=kill)
+    assert (tmp_path / "round.safetensors").is_file()
+    assert same(run(row, folder=tmp_path, workers=workers), whole)
+    again = run(row, folder=tmp_path, workers=workers)  # finished: only read
+    assert same(again, whole)
+
+
+@pytest.mark.parametrize("update", [TeacherUpdate("hand_over", 1, 0.5), teacher.RELEASE], ids=["hand_over", "release"])
+def test_a_kill_while_writing_and_a_moving_teacher(
+    update: TeacherUpdate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between rounds, in the middle of writing the second checkpoint: the first one counts."""
+    many_epochs = replace(TINY, local_epochs=4, steps_per_epoch=1)
+    whole = run(settings=many_epochs, teacher_update=update)
+    real, writes = os.replace, []
+
+    def killed(source: Any, target: Any) -> None:
+        writes.append(target)
+        if len(writes) == 2:
+            raise Killed
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Killed):
+        run(settings=many_epochs, teacher_update=update, folder=tmp_path)
+    monkeypatch.setattr(os, "replace", real)
+    assert [p.name for p in tmp_path.iterdir()] == ["round.safetensors"]
+    _, facts = networks.load_checkpoint(tmp_path / "round.safetensors")
+    assert facts["finished"] == 1
+    assert same(run(settings=many_epochs, teacher_update=update, folder=tmp_path), whole)
+
+
+def test_a_damaged_checkpoint_begins_again_and_one_of_another_run_is_refused(tmp_path: Path) -> None:
+    whole = undisturbed()
+    run(folder=tmp_path)
+    path = tmp_path / "round.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    assert same(run(folder=tmp_path), whole)
+    kept = path.read_bytes()
+    others: list[dict[str, Any]] = [
+        {"settings": replace(TINY, learning_rate=0.5)},
+        {"row": "fedavg"},
+        {"sites": [*SITES[:2], site("east", 4)]},
+        {"teacher_update": TeacherUpdate("hand_over", 1, 0.5)},
+    ]
+    for other in others:
+        with pytest.raises(FederationError, match="round.safetensors belongs to a run with other.*delete"):
+            run(folder=tmp_path, **other)
+    assert path.read_bytes() == kept
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_clients_that_cannot_take_part_are_named() -> None:
+    broken = site("west", 4)
+    broken.unlabelled_images[0, 0, 0, 0, 0] = float("nan")
+    no_validation = replace(site("west", 4), validation=[])
+    cases = [
+        ("fedavg", site("west", 4, labelled=0), "west has no labelled training volume"),
+        ("dual_kd", site("west", 4, unlabelled=0), "west has no unlabelled volume"),
+        ("fedavg", no_validation, "west has no validation volume"),
+        ("dual_kd", broken, "west: an unlabelled volume holds NaN"),
+    ]
+    for row, bad, text in cases:
+        with pytest.raises(FederationError, match=text):
+            run(row, sites=[*SITES, bad])
+    run("fedavg", sites=[SITES[0], site("west", 4, unlabelled=0)])  # needs none
+    with pytest.raises(FederationError, match="names of their own"):
+        run(sites=[SITES[0], SITES[0]])
+    with pytest.raises(FederationError, match="names of their own"):
+        run(sites=[])
+    with pytest.raises(FederationError, match="no row 'fedsgd': choose one of teacher_only"):
+        run("fedsgd")
+    for row in ("dual_kd", "teacher_only"):
+        with pytest.raises(FederationError, match="needs a teacher"):
+            federation.run_federation(TINY, row, SITES)
+    start = networks.copy_state(networks.build_network(TINY, 0))
+    with pytest.raises(FederationError, match="needs the teacher: send it to client south"):
+        federation.client_update(start, SITES[0], ROWS["dual_kd"], TINY, 1, 0)
+    with pytest.raises(FederationError, match="no local training"):
+        federation.client_update(start, SITES[0], ROWS["teacher_only"], TINY, 1, 0)
+    with pytest.raises(CheckpointError, match="The student sent to client south"):
+        federation.client_update({}, SITES[0], ROWS["fedavg"], TINY, 1, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_client_that_fails_ends_the_round_with_its_own_error(workers: int) -> None:
+    def fail(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> Any:
+        if len(images) == 2 and torch.equal(images.sort(0)[0], SITES[0].labelled_images.sort(0)[0]):
+            raise RuntimeError("the disk of south is full")
+        return images, labels
+
+    with pytest.raises(RuntimeError, match="the disk of south is full"):
+        run("fedavg", augmentation=fail, workers=workers)
