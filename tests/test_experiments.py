@@ -1,0 +1,248 @@
+"""Experiments: made once, resumed, remade when damaged, and a table whose numbers are those of the files."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from fedkd_utils import cohorts, experiments, federation, networks, provenance, training, transforms
+from fedkd_utils.acquisition import T1, Scan, Scanner
+from fedkd_utils.experiments import Result
+from fedkd_utils.methods import ROWS
+from fedkd_utils.settings import QUICK
+
+TINY = replace(
+    QUICK,
+    name="tiny",
+    grid_shape=(4, 16, 16),
+    channels=(4, 8),
+    repository_training=3,
+    repository_validation=1,
+    repository_test=1,
+    clients=2,
+    client_labelled=1,
+    client_unlabelled=2,
+    client_validation=1,
+    client_test=2,
+    teacher_steps=6,
+    teacher_passes=2,
+    rounds=2,
+    local_epochs=1,
+    steps_per_epoch=3,
+)
+
+
+def blobs(subject: int, scanner: Scanner, scan_seed: int) -> Scan:
+    """Three bright boxes at places that depend on the subject: a volume in a millisecond."""
+    rng = np.random.default_rng([subject, scan_seed])
+    label = np.zeros((4, 18, 18), np.uint8)
+    for c in (1, 2, 3):
+        row, column = 5 * (c - 1) + rng.integers(1, 3), rng.integers(1, 9)
+        label[1:3, row : row + 4, column : column + 7] = c
+    image = (100 * label + rng.normal(100, 20, label.shape)).astype(np.float32)
+    return Scan(image, label, np.diag([4.0, 1.2, 1.2, 1.0]), "left", T1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    quick = functools.partial(cohorts.make_cohort, workers=1, scan=blobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohorts, "make_cohort", quick)
+        yield tmp_path_factory.mktemp("cache")
+
+
+def run(row: str, root: Path, setting: str = "paper_like", seed: int = 0, **more: Any) -> Result:
+    return experiments.run_row(row, setting, seed, more.pop("settings", TINY), root, **more)
+
+
+@pytest.fixture()
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    calls: list[str] = []
+    original = federation.run_federation
+
+    def counted(settings: Any, row: str, *args: Any, **more: Any) -> Any:
+        calls.append(row)
+        return original(settings, row, *args, **more)
+
+    monkeypatch.setattr(experiments, "run_federation", counted)
+    return calls
+
+
+def without_clock(result: Result) -> dict[str, Any]:
+    facts = json.loads(experiments.result_json(result))
+    for name in ("wall_seconds", "cpu_seconds"):
+        facts.pop(name)
+    for line in facts["history"]:
+        line.pop("seconds", None)
+        line.pop("data_seconds", None)
+    return facts
+
+
+@pytest.mark.parametrize("row", list(ROWS))
+def test_a_row_is_run_once_and_read_back(row: str, cache: Path, trainings: list[str]) -> None:
+    first = run(row, cache)
+    folder = experiments.result_folder(first, cache)
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "result.json"]
+    again = run(row, cache)
+    assert trainings == [row]
+    assert experiments.result_json(first) == experiments.result_json(again)
+    assert str(cache) not in (folder / "result.json").read_text()  # no path of this machine
+    assert first.settings["name"] == "tiny" and first.versions["torch"] == torch.__version__
+    assert first.steps == (0 if row == "teacher_only" else 2 * 2 * 3)
+
+
+def test_the_numbers_are_those_of_the_stored_models_on_the_test_volumes(cache: Path) -> None:
+    for row in ("local_only", "dual_kd"):
+        result = run(row, cache)
+        models = experiments.load_models(experiments.result_folder(result, cache) / "model.safetensors")
+        shared = provenance.state_hash(models["client_1"]) == provenance.state_hash(models["client_2"])
+        assert shared == ROWS[row].federated
+        sites = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)
+        network = networks.build_network(TINY, 0)
+        frames = []
+        for site in sites:
+            networks.load_state(network, models[site.name])
+            assert training.validate(network, site.validation) == max(
+                line["validation"]
+                for line in result.history
+                if line["client"] == site.name and line["round"] == result.best_round[site.name]
+            )
+            frames.append(training.evaluate_cases(network, site.test).assign(client=site.name))
+        expected = pd.concat(frames, ignore_index=True)
+        got = result.test_frame()
+        assert len(got) == 2 * 2 * 3 * 2
+        for column in ("dice", "voe", "vd", "assd_mm", "hd95_mm", "hd_mm", "truth_ml"):
+            assert np.array_equal(got[column], expected[column].astype(float), equal_nan=True), column
+        assert list(got["client"]) == list(expected["client"]) and list(got["empty"]) == list(expected["empty"])
+
+
+def test_other_inputs_are_other_runs(cache: Path, trainings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    base = run("fedavg", cache)
+    others = [
+        run("fedavg", cache, seed=1),
+        run("fedavg", cache, setting="heterogeneous"),
+        run("fedavg", cache, settings=replace(TINY, learning_rate=1e-3)),
+    ]
+    monkeypatch.setattr(experiments, "code_hash", lambda modules: "another code")
+    others.append(run("fedavg", cache))
+    inputs = {one.inputs for one in (base, *others)}
+    assert len(inputs) == 5
+    kept = experiments.read_result(experiments.result_folder(base, cache) / "result.json")
+    assert kept.inputs == base.inputs  # untouched by the others
+
+
+def test_damaged_results_are_made_again_with_the_same_numbers(cache: Path, trainings: list[str]) -> None:
+    first = run("fedavg", cache, seed=2)
+    folder = experiments.result_folder(first, cache)
+    for name, content in (("result.json", b"{"), ("result.json", b"{}"), ("model.safetensors", b"junk")):
+        (folder / name).write_bytes(content)
+        assert without_clock(run("fedavg", cache, seed=2)) == without_clock(first)
+    (folder / "model.safetensors").unlink()
+    assert without_clock(run("fedavg", cache, seed=2)) == without_clock(first)
+    assert len(trainings) == 5
+    with pytest.raises(ValueError, match="result.json.*Delete it"):
+        (folder / "result.json").write_bytes(b"[1]")
+        experiments.read_result(folder / "result.json")
+
+
+def test_a_killed_row_goes_on_where_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = run("dual_kd", cache, seed=3)
+    for path in experiments.result_folder(whole, cache).iterdir():
+        path.unlink()
+    original = federation.client_update
+    rounds: list[int] = []
+
+    def killed(state: Any, site: Any, method: Any, settings: Any, number: int, *args: Any, **more: Any) -> Any:
+        rounds.append(number)
+        if number == 2 and len(rounds) <= 4:
+            raise KeyboardInterrupt
+        return original(state, site, method, settings, number, *args, **more)
+
+    monkeypatch.setattr(federation, "client_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("dual_kd", cache, seed=3, workers=1)
+    folder = experiments.result_folder(whole, cache)
+    assert [p.name for p in folder.iterdir()] == ["round.safetensors"]
+    rounds[:] = [0] * 10
+    assert without_clock(run("dual_kd", cache, seed=3, workers=1)) == without_clock(whole)
+    assert rounds[10:] == [2, 2]  # the first round was not trained again
+    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "result.json"]
+
+
+def test_sites_in_memory_give_the_same_result(cache: Path) -> None:
+    sites = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)
+    assert isinstance(sites[0], transforms.SiteData)
+    first = run("fedavg", cache, seed=4, sites=sites)
+    for path in experiments.result_folder(first, cache).iterdir():
+        path.unlink()
+    assert without_clock(run("fedavg", cache, seed=4)) == without_clock(first)
+
+
+def made(row: str, seed: int, dice: float, hd: float | None, setting: str = "paper_like", empty: str = "") -> Result:
+    """A result by hand: two cases, all classes alike, but the patella of the second case."""
+    test = []
+    for case in ("a", "b"):
+        for c in (1, 2, 3):
+            gone = empty if (case, c) == ("b", 3) else ""
+            for components, more in (("all", 0.0), ("largest", 0.05)):
+                test.append(
+                    {
+                        "client": "client_1",
+                        "case": case,
+                        "class": c,
+                        "cartilage": "x",
+                        "components": components,
+                        "dice": 0.0 if gone else dice + more,
+                        "hd95_mm": None if gone else hd,
+                        "empty": gone,
+                    }
+                )
+    return Result(row, setting, seed, {}, {}, "", {}, [], test, [], 3_000_000, 1_000_000, 10.0 + seed, 5.0, 40)
+
+
+def test_the_table_averages_cases_classes_and_seeds_by_hand() -> None:
+    results = [
+        made("dual_kd", 0, 0.8, 2.0),
+        made("fedavg", 0, 0.6, 4.0),
+        made("fedavg", 1, 0.4, 2.0, empty="prediction"),
+    ]
+    table = experiments.comparison_table(results)
+    assert list(table["row"]) == [ROWS["fedavg"].title, ROWS["dual_kd"].title]  # the order of ROWS
+    fedavg, dual = table.iloc[0], table.iloc[1]
+    assert (fedavg["seeds"], dual["seeds"]) == (2, 1)
+    assert dual["Dice"] == pytest.approx(0.8) and dual["Dice largest"] == pytest.approx(0.85)
+    assert fedavg["Dice femoral"] == pytest.approx(0.5) and fedavg["Dice patellar"] == pytest.approx((0.6 + 0.2) / 2)
+    assert fedavg["Dice"] == pytest.approx((0.6 + (0.4 + 0.4 + 0.2) / 3) / 2)
+    assert fedavg["HD95 mm"] == pytest.approx(3.0) and fedavg["missing"] == 0.5  # a mean over seeds
+    assert (fedavg["MB down"], fedavg["MB up"], fedavg["steps"], fedavg["seconds"]) == (3.0, 1.0, 40, 10.5)
+    both = experiments.comparison_table([*results, made("teacher_only", 0, 0.1, None, "heterogeneous")])
+    assert list(both["setting"]) == ["heterogeneous", "paper_like", "paper_like"] and np.isnan(both["HD95 mm"][0])
+
+
+def test_the_table_of_real_runs_is_complete(cache: Path) -> None:
+    table = experiments.comparison_table([run(row, cache) for row in ROWS])
+    assert list(table["row"]) == [method.title for method in ROWS.values()]
+    assert list(table["MB up"] > 0) == [False, False, True, True] and list(table["MB down"] > 0) == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert table["Dice"].between(0, 1).all()
+
+
+def test_bad_requests_say_what_to_do(cache: Path) -> None:
+    with pytest.raises(ValueError, match="no row 'fedsgd': choose one of"):
+        run("fedsgd", cache)
+    with pytest.raises(ValueError, match="run a row first"):
+        experiments.comparison_table([])
+    with pytest.raises(FileNotFoundError):
+        experiments.read_result(cache / "none.json")
