@@ -1,38 +1,30 @@
 """Exercises that check themselves, and a report of the environment.
 
 ``f = check("name", f)`` says CORRECT, WRONG with a hint, or NOT ATTEMPTED, and hands back the reference unless the
-answer was correct, so that *Run All* always completes.
+answer was correct, so that *Run All* always completes. The exercises stand in ``exercises.py``.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
-Function = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """A reference, inputs to try it on, and the classic wrong answers with what to say about each."""
-
-    reference: Function
-    probes: Sequence[tuple[Any, ...]]
-    mistakes: Mapping[str, Function]  # hint -> the wrong answer it belongs to
+from fedkd_utils.exercises import EXERCISES, Exercise, Function
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal up to rounding, for numbers, arrays, tensors and dictionaries of them."""
+    """Equal up to rounding, for numbers, arrays, tensors and dictionaries of them; NaN equals NaN."""
     if isinstance(b, Mapping):
         return isinstance(a, Mapping) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in b)
+    if a is None:  # NumPy would read it as NaN
+        return False
     try:
         x, y = (np.asarray(v.detach() if isinstance(v, torch.Tensor) else v, dtype=np.float64) for v in (a, b))
     except (TypeError, ValueError):
@@ -40,8 +32,13 @@ def _same(a: Any, b: Any) -> bool:
     return x.shape == y.shape and bool(np.allclose(x, y, rtol=1e-5, atol=1e-8, equal_nan=True))
 
 
-def _agrees(answer: Function, expected: Function, probes: Sequence[tuple[Any, ...]]) -> bool:
-    return all(_same(answer(*probe), expected(*probe)) for probe in probes)
+def _results(function: Function, exercise: Exercise) -> list[Any]:
+    """What a function returns for every probe; it gets copies, so that it may write into them."""
+    return [function(*copy.deepcopy(probe)) for probe in exercise.probes]
+
+
+def _agree(some: list[Any], others: list[Any]) -> bool:
+    return all(_same(a, b) for a, b in zip(some, others, strict=True))
 
 
 def judge(exercise: Exercise, answer: Function | None) -> str:
@@ -49,21 +46,19 @@ def judge(exercise: Exercise, answer: Function | None) -> str:
     if answer is None:
         return "NOT ATTEMPTED"
     try:
-        if all(answer(*probe) is None for probe in exercise.probes):
-            return "NOT ATTEMPTED"
-        if _agrees(answer, exercise.reference, exercise.probes):
-            return "CORRECT"
+        given = _results(answer, exercise)
     except Exception as error:  # whatever a student's function may raise
         return f"WRONG: it raised {type(error).__name__}: {error}"
+    if all(value is None for value in given):
+        return "NOT ATTEMPTED"
+    expected = _results(exercise.reference, exercise)
+    if _agree(given, expected):
+        return "CORRECT"
     for hint, mistake in exercise.mistakes.items():
-        try:
-            if _agrees(answer, mistake, exercise.probes):
-                return f"WRONG: {hint}"
-        except Exception:  # a mistake that another answer cannot be compared with
-            continue
-    expected = exercise.reference(*exercise.probes[0])
-    given = answer(*exercise.probes[0])
-    return f"WRONG: for the first test input the answer is {_short(expected)}, yours {_short(given)}."
+        if _agree(given, _results(mistake, exercise)):
+            return f"WRONG: {hint}"
+    first = [_same(a, b) for a, b in zip(given, expected, strict=True)].index(False)
+    return f"WRONG: for test input {first + 1} the answer is {_short(expected[first])}, yours {_short(given[first])}."
 
 
 def _short(value: Any) -> str:
@@ -94,211 +89,3 @@ def environment_report() -> None:
     print(", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "monai", "numpy", "nibabel")))
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     print(f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s) for torch, GPU: {gpu}")
-
-
-# --- the exercises, in the order of the notebooks --------------------------------------------------------------------
-
-_rng = np.random.default_rng(20231)
-_torch_rng = torch.Generator().manual_seed(20231)
-_affine = np.array([[0, 0, 4.0, -30], [-1.2, 0, 0, 40], [0, -1.1, 0, 50], [0, 0, 0, 1]])
-_labels = _rng.integers(0, 4, (2, 6, 5, 4))
-_logits = torch.randn(2, 4, 3, 4, 5, generator=_torch_rng, dtype=torch.float64)
-_targets = torch.randint(4, (2, 3, 4, 5), generator=_torch_rng)
-_state = [{"w": torch.randn(3, 2, generator=_torch_rng), "b": torch.randn(2, generator=_torch_rng)} for _ in range(3)]
-_mixed = {"w": torch.zeros(3, 2), "half": torch.zeros(5, dtype=torch.float16), "count": torch.tensor(3)}
-_features = [torch.randn(2, 8, 2, 3, 2, generator=_torch_rng, dtype=torch.float64) for _ in range(2)]
-
-
-def _dice(a: Any, b: Any, value: int) -> float:
-    p, t = a == value, b == value
-    total = p.sum() + t.sum()
-    return float(2 * (p & t).sum() / total) if total else math.nan
-
-
-def _soft_dice(logits: torch.Tensor, labels: torch.Tensor, first: int = 0, smooth: float = 1.0) -> torch.Tensor:
-    p = logits.softmax(dim=1)
-    y = torch.nn.functional.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(p)
-    over = (0, *range(2, p.ndim))
-    overlap, total = (p * y).sum(over)[first:], (p.sum(over) + y.sum(over))[first:]
-    return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
-
-
-def _average(states: Sequence[Mapping[str, torch.Tensor]], counts: Sequence[int]) -> dict[str, torch.Tensor]:
-    return {n: sum(s[n] * (c / sum(counts)) for s, c in zip(states, counts, strict=True)) for n in states[0]}  # type: ignore[misc]
-
-
-def _squared_distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack([((a[n] - b[n]) ** 2).sum() for n in a]).sum()
-
-
-def _mask(p: torch.Tensor, progress: float, classes: float, start: float = 0.75) -> torch.Tensor:
-    h = -torch.special.xlogy(p, p).sum(dim=1)
-    return h < (start + (1 - start) * math.exp(-5 * (1 - progress) ** 2)) * math.log(classes)
-
-
-def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1)
-
-
-_peaked = (4 * _logits).softmax(dim=1)
-_wide = 300 * _logits
-
-EXERCISES: dict[str, Exercise] = {
-    "spacing_from_affine": Exercise(
-        lambda affine: np.linalg.norm(affine[:3, :3], axis=0),
-        [(_affine,), (np.diag([2.0, 3.0, 4.0, 1.0]),)],
-        {
-            "the diagonal holds the voxel sizes only when the axes are not permuted.": lambda a: np.abs(np.diag(a)[:3]),
-            "these are the lengths of the rows; a step along an index is a column.": lambda a: np.linalg.norm(
-                a[:3, :3], axis=1
-            ),
-        },
-    ),
-    "volume_ml": Exercise(
-        lambda label, spacing_mm, value: (label == value).sum() * np.prod(spacing_mm) / 1000,
-        [(_labels[0], (4.0, 1.2, 1.2), 2), (_labels[1], (1.5, 0.4, 0.4), 1)],
-        {
-            "that is in cubic millimetres; a millilitre has 1000 of them.": lambda x, s, v: (x == v).sum() * np.prod(s),
-            "that is the number of voxels; each is as large as the product of its sizes.": lambda x, s, v: (
-                x == v
-            ).sum(),
-            "that counts every cartilage, not the one asked for.": lambda x, s, v: (x > 0).sum() * np.prod(s) / 1000,
-        },
-    ),
-    "spin_echo_signal": Exercise(
-        lambda tr_ms, te_ms, t1_ms, t2_ms: (1 - np.exp(-tr_ms / t1_ms)) * np.exp(-te_ms / t2_ms),
-        [(650.0, 12.0, 1240.0, 37.0), (3000.0, 35.0, 365.0, 133.0)],
-        {
-            "T1 belongs to the recovery (with TR), T2 to the decay (with TE).": lambda tr, te, t1, t2: (
-                (1 - np.exp(-tr / t2)) * np.exp(-te / t1)
-            ),
-            "recovery is one minus the exponential.": lambda tr, te, t1, t2: np.exp(-tr / t1) * np.exp(-te / t2),
-        },
-    ),
-    "z_score": Exercise(
-        lambda image: (image - image.mean()) / image.std(),
-        [(_rng.normal(3, 5, (4, 5, 6)),), (_rng.random((3, 3, 3)),)],
-        {
-            "divide by the standard deviation, not by the variance.": lambda x: (x - x.mean()) / x.var(),
-            "the mean has to become zero as well.": lambda x: x / x.std(),
-            "that scales to the range 0 to 1, which one bright voxel decides.": lambda x: (x - x.min()) / np.ptp(x),
-        },
-    ),
-    "dice": Exercise(
-        _dice,
-        [(_labels[0], _labels[1], 1), (_labels[0], _labels[0], 3), (_labels[0], _labels[1], 7)],
-        {
-            "that is the Jaccard index: Dice counts the overlap twice.": lambda a, b, v: (
-                float(((a == v) & (b == v)).sum() / u) if (u := ((a == v) | (b == v)).sum()) else math.nan
-            ),
-            "when both are empty nothing was measured: NaN, not 1.": lambda a, b, v: (
-                1.0 if not ((a == v) | (b == v)).any() else _dice(a, b, v)
-            ),
-            "when both are empty nothing was measured: NaN, not 0.": lambda a, b, v: (
-                0.0 if not ((a == v) | (b == v)).any() else _dice(a, b, v)
-            ),
-        },
-    ),
-    "soft_dice_loss": Exercise(
-        _soft_dice,
-        [(_logits, _targets), (_logits[:1], _targets[:1])],
-        {
-            "the background counts too in this loss.": lambda z, y: _soft_dice(z, y, first=1),
-            "the + 1 in numerator and denominator is missing.": lambda z, y: _soft_dice(z, y, smooth=0.0),
-            "that is the Dice score; a loss is one minus it.": lambda z, y: 1 - _soft_dice(z, y),
-        },
-    ),
-    "voe": Exercise(
-        lambda dice: 1 - dice / (2 - dice),
-        [(0.8,), (0.5,), (1.0,)],
-        {
-            "one minus Dice is not the overlap error: the union is not the sum.": lambda d: 1 - d,
-            "that is the Jaccard index itself; the error is one minus it.": lambda d: d / (2 - d),
-        },
-    ),
-    "fedavg": Exercise(
-        _average,
-        [(_state, [10, 20, 5]), (_state[:2], [1, 3])],
-        {
-            "the clients are weighted by their counts.": lambda s, c: _average(s, [1] * len(c)),
-            "divide by the sum of the counts.": lambda s, c: {n: v * sum(c) for n, v in _average(s, c).items()},
-        },
-    ),
-    "bytes_of_state": Exercise(
-        lambda state: sum(t.numel() * t.element_size() for t in state.values()),
-        [(_mixed,), (_state[0],)],
-        {
-            "not every tensor has 4 bytes a value: ask element_size().": lambda s: sum(
-                4 * t.numel() for t in s.values()
-            ),
-            "that is the number of values.": lambda s: sum(t.numel() for t in s.values()),
-        },
-    ),
-    "fedprox_term": Exercise(
-        lambda state, global_state, mu: mu / 2 * _squared_distance(state, global_state),
-        [(_state[0], _state[1], 0.1), (_state[0], _state[0], 1.0)],
-        {
-            "the factor is mu / 2.": lambda s, g, mu: mu * _squared_distance(s, g),
-            "the distance is squared: no root.": lambda s, g, mu: mu / 2 * _squared_distance(s, g).sqrt(),
-        },
-    ),
-    "temperature_softmax": Exercise(
-        lambda logits, tau: (logits / tau).softmax(dim=1),
-        [(_logits, 2.0), (_wide, 0.5)],
-        {
-            "divide by the temperature, do not multiply.": lambda z, tau: (z * tau).softmax(dim=1),
-            "exp overflows for large logits: subtract the largest first.": lambda z, tau: (
-                (z / tau).exp() / (z / tau).exp().sum(1, keepdim=True)
-            ),
-            "softmax over the class axis, 1.": lambda z, tau: (z / tau).softmax(dim=-1),
-        },
-    ),
-    "entropy_mask": Exercise(
-        lambda probabilities, progress: _mask(probabilities, progress, probabilities.shape[1]),
-        [(_logits.softmax(1), 0.0), (_peaked, 0.5), (_logits.softmax(1), 1.0)],
-        {
-            "that is the released threshold, ln 2; with C classes it is ln C.": lambda p, t: _mask(p, t, 2),
-            "True where the entropy is *below* the threshold.": lambda p, t: ~_mask(p, t, p.shape[1]),
-            "the threshold opens with progress: ramp up, not a constant 0.75.": lambda p, t: (
-                -torch.special.xlogy(p, p).sum(1) < 0.75 * math.log(p.shape[1])
-            ),
-        },
-    ),
-    "feature_kl": Exercise(
-        lambda teacher_features, student_features: _kl(teacher_features, student_features).mean(),
-        [(_features[0], _features[1]), (_features[1], _features[1])],
-        {
-            "the teacher is the reference: KL(teacher || student).": lambda t, s: _kl(s, t).mean(),
-            "a mean over channels as well makes it F times weaker; average over positions only.": lambda t, s: (
-                _kl(t, s).mean() / t.shape[1]
-            ),
-        },
-    ),
-    "ramp": Exercise(
-        lambda s, s_max: math.exp(-5 * (1 - min(max(s / s_max, 0.0), 1.0)) ** 2),
-        [(0.0, 10.0), (5.0, 10.0), (10.0, 10.0), (15.0, 10.0)],
-        {
-            "beyond s_max the ramp stays at 1: clip the ratio.": lambda s, m: math.exp(-5 * (1 - s / m) ** 2),
-            "that is a line; the ramp is exp(-5 (1 - x)^2).": lambda s, m: min(max(s / m, 0.0), 1.0),
-        },
-    ),
-    "hand_over": Exercise(
-        lambda theta_t, theta_s, a: {n: (1 - a) * theta_t[n] + a * theta_s[n] for n in theta_t},
-        [(_state[0], _state[1], 0.2), (_state[0], _state[1], 0.0)],
-        {
-            "a is the share of the student, not of the teacher.": lambda t, s, a: {
-                n: a * t[n] + (1 - a) * s[n] for n in t
-            },
-            "the teacher has to shrink by what the student adds.": lambda t, s, a: {n: t[n] + a * s[n] for n in t},
-        },
-    ),
-    "bytes_saved": Exercise(
-        lambda teacher_bytes, rounds, clients: clients * (2 * rounds * teacher_bytes - teacher_bytes),
-        [(1000, 6, 4), (77, 1, 2)],
-        {
-            "the release sends the teacher in both directions each round.": lambda b, r, c: c * (r * b - b),
-            "once it still has to travel: subtract that.": lambda b, r, c: c * 2 * r * b,
-            "every client gets its own copy.": lambda b, r, c: 2 * r * b - b,
-        },
-    ),
-}

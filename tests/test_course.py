@@ -1,0 +1,213 @@
+"""Exercises: references against the library, classic mistakes rejected, folded solutions of the notebooks accepted."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import math
+import re
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+
+from fedkd_utils import acquisition, course, federation, losses, metrics, teacher, transforms
+from fedkd_utils.exercises import EXERCISES, Exercise
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+MISTAKES = [(name, hint) for name, exercise in EXERCISES.items() for hint in exercise.mistakes]
+DOUBLE = Exercise(
+    lambda x: 2 * x,
+    [(np.array([1.0, np.nan]),), (np.array([3.0]),)],
+    {"twice, not squared.": lambda x: x**2, "twice, not halved.": lambda x: x / 2},
+)
+
+
+# ------------------------------------------------------------------------------------------------------- the mechanism
+@pytest.mark.parametrize(
+    ("answer", "verdict"),
+    [
+        (lambda x: x + x, "CORRECT"),
+        (lambda x: (2 * x).astype(np.float32), "CORRECT"),
+        (None, "NOT ATTEMPTED"),
+        (lambda x: None, "NOT ATTEMPTED"),
+        (lambda x: x * x, "WRONG: twice, not squared."),
+        (lambda x: x * 0.5, "WRONG: twice, not halved."),
+        (lambda x: 1 / 0, "WRONG: it raised ZeroDivisionError: division by zero"),
+        (lambda x, y: x, "WRONG: it raised TypeError: "),
+        (3.0, "WRONG: it raised TypeError: 'float' object is not callable"),
+        (lambda x: 2 * x if len(x) > 1 else None, "WRONG: for test input 2 the answer is an array of shape (1,)"),
+        (lambda x: 2 * x[:, None], "WRONG: for test input 1 the answer is an array of shape (2,)"),
+        (lambda x: "six", "WRONG: for test input 1 "),
+        (lambda x: {"w": 2 * x}, "WRONG: for test input 1 "),
+        (lambda x: 2 * x * (1 + 1e-4), "WRONG: for test input 1 "),
+        (lambda x: np.nan_to_num(2 * x), "WRONG: for test input 1 "),
+    ],
+)
+def test_verdicts(answer, verdict):
+    given = course.judge(DOUBLE, answer)
+    assert given.startswith(verdict) and (not verdict.endswith((".", "CORRECT", "ATTEMPTED")) or given == verdict)
+    assert "\n" not in given
+
+
+def test_a_dictionary_is_compared_key_by_key():
+    states = Exercise(lambda s: {n: 2 * v for n, v in s.items()}, [({"w": torch.ones(2), "b": torch.ones(1)},)], {})
+    assert course.judge(states, lambda s: {n: v + v for n, v in s.items()}) == "CORRECT"
+    for wrong in (
+        lambda s: {"w": 2 * s["w"]},
+        lambda s: {**s, "w": 2 * s["w"]},
+        lambda s: [2 * v for v in s.values()],
+    ):
+        assert course.judge(states, wrong).startswith(
+            "WRONG: for test input 1 the answer is {w: an array of shape (2,)"
+        )
+
+
+def test_an_answer_that_writes_into_its_input_harms_nobody():
+    before = copy.deepcopy(DOUBLE.probes)
+
+    def in_place(x):
+        x *= 2
+        return x
+
+    def zeroing(x):
+        x *= 0
+        return x
+
+    assert course.judge(DOUBLE, in_place) == "CORRECT"
+    assert course.judge(DOUBLE, zeroing).startswith("WRONG")
+    assert all(np.array_equal(a[0], b[0], equal_nan=True) for a, b in zip(before, DOUBLE.probes, strict=True))
+
+
+def test_check_returns_the_reference_unless_correct(capsys):
+    def right(dice):
+        return 1 - dice / (2 - dice)
+
+    assert course.check("voe", right) is right
+    assert course.check("voe", lambda dice: 1 - dice) is EXERCISES["voe"].reference
+    assert course.check("voe", lambda dice: None) is course.check("voe", None) is EXERCISES["voe"].reference
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "voe: CORRECT" and lines[1].startswith("voe: WRONG: one minus Dice")
+    assert lines[2:] == ["voe: NOT ATTEMPTED"] * 2
+    with pytest.raises(KeyError, match="no exercise 'vow': choose one of spacing_from_affine"):
+        course.check("vow", right)
+
+
+# ------------------------------------------------------------------------------------------------------- the exercises
+@pytest.mark.parametrize("name", EXERCISES)
+def test_every_exercise_knows_two_mistakes_and_its_own_answer(name):
+    assert len(EXERCISES[name].mistakes) >= 2
+    assert course.judge(EXERCISES[name], EXERCISES[name].reference) == "CORRECT"
+
+
+@pytest.mark.parametrize(("name", "hint"), MISTAKES)
+def test_a_classic_mistake_gets_its_own_hint(name, hint):
+    assert course.judge(EXERCISES[name], EXERCISES[name].mistakes[hint]) == f"WRONG: {hint}"
+
+
+def _library(name):
+    """The same quantity by the course's own, separately tested modules."""
+
+    def update(k, state, count):
+        return federation.Update(str(k), dict(state), count, {}, None)
+
+    return {
+        "spacing_from_affine": transforms.voxel_sizes_mm,
+        "volume_ml": lambda label, spacing, value: metrics.volumes_ml(label, spacing)[value],
+        "spin_echo_signal": acquisition.spin_echo,
+        "dice": lambda a, b, value: metrics.dice(a == value, b == value),
+        "soft_dice_loss": lambda z, y: (
+            2 * losses.supervised_loss(z, y) - torch.nn.functional.cross_entropy(z, y).to(torch.float64)
+        ),
+        "fedavg": lambda states, counts: federation.aggregate(
+            [update(k, s, n) for k, (s, n) in enumerate(zip(states, counts, strict=True))]
+        ),
+        "temperature_softmax": lambda z, tau: (z / tau).softmax(dim=1),
+        "entropy_mask": lambda p, t: losses.uncertainty_mask(losses.entropy(p), t, p.shape[1]),
+        "feature_kl": lambda t, s: losses.feature_distillation(s, t),
+        "ramp": losses.sigmoid_ramp_up,
+        "hand_over": teacher.blend,
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["spacing_from_affine", "volume_ml", "spin_echo_signal", "dice", "soft_dice_loss", "fedavg", "temperature_softmax"]
+    + ["entropy_mask", "feature_kl", "ramp", "hand_over"],
+)
+def test_a_reference_agrees_with_the_library(name):
+    assert course.judge(EXERCISES[name], _library(name)) == "CORRECT"
+
+
+def test_the_other_references_in_closed_form():
+    assert EXERCISES["z_score"].reference(np.array([1.0, 3.0])).tolist() == [-1.0, 1.0]
+    assert EXERCISES["voe"].reference(0.5) == pytest.approx(1 - 1 / 3)  # of 3 voxels in the union, 1 is shared
+    state = {"w": torch.tensor([3.0, 4.0])}
+    assert EXERCISES["fedprox_term"].reference(state, {"w": torch.zeros(2)}, 0.1) == pytest.approx(0.05 * 25)
+    assert EXERCISES["bytes_of_state"].reference({"w": torch.zeros(3), "n": torch.tensor(1)}) == 3 * 4 + 8
+    once, every_round = 2 * 7, 2 * 5 * 2 * 7  # 2 clients, 5 rounds, a teacher of 7 bytes, down and up
+    assert EXERCISES["bytes_saved"].reference(7, 5, 2) == every_round - once
+    assert math.isnan(EXERCISES["dice"].reference(np.zeros(3), np.zeros(3), 1))
+
+
+# -------------------------------------------------------------------------------------- the exercises in the notebooks
+def exercises_of(nb):
+    """(exercise, name of the answer, import cell, stub cell, solution) of each check in a notebook."""
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    for position, cell in enumerate(nb.cells):
+        if cell.cell_type != "code" or "course.check(" not in cell.source:
+            continue
+        calls = [
+            node
+            for node in ast.walk(ast.parse(cell.source))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "course.check"
+        ]
+        assert len(calls) == 1, f"one check a cell, here are {len(calls)}"
+        name, answer = ast.literal_eval(calls[0].args[0]), ast.unparse(calls[0].args[1])
+        below = nb.cells[position + 1].source if position + 1 < len(nb.cells) else ""
+        match = re.search(r"<details>\s*<summary>.*?</summary>\s*\n```python\n(.*?)```\s*</details>", below, re.S)
+        assert match, f"no folded solution right below the exercise {name!r}"
+        yield name, answer, code[0].source, cell.source, match[1]
+
+
+def solve(answer, imports, source):
+    """What a cell that holds `source` after the import cell leaves under the name `answer`."""
+    namespace = {}
+    exec(compile(imports, "imports", "exec"), namespace)
+    exec(compile(source, "answer", "exec"), namespace)
+    return namespace[answer]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_folded_solutions_are_correct_and_stubs_not_attempted(path, capsys):
+    for name, answer, imports, stub, solution in exercises_of(nbformat.read(path, as_version=4)):
+        assert name in EXERCISES
+        assert course.judge(EXERCISES[name], solve(answer, imports, solution)) == "CORRECT", name
+        solve(answer, imports, stub)
+        assert capsys.readouterr().out.splitlines()[-1] == f"{name}: NOT ATTEMPTED"
+
+
+def test_every_exercise_stands_in_one_notebook():
+    names = [e[0] for path in NOTEBOOKS for e in exercises_of(nbformat.read(path, as_version=4))]
+    assert sorted(names) == sorted(EXERCISES)
+
+
+def test_a_wrong_or_missing_solution_is_found():
+    stub = 'def voe(d):\n    return None\n\n\nvoe = course.check("voe", voe)'
+    folded = "<details><summary>Solution</summary>\n\n```python\n{}\n```\n\n</details>"
+    cells = [nbformat.v4.new_code_cell("from fedkd_utils import course"), nbformat.v4.new_code_cell(stub)]
+    for code, verdict in (("voe = lambda d: 1 - d / (2 - d)", "CORRECT"), ("voe = lambda d: 1 - d", "WRONG")):
+        nb = nbformat.v4.new_notebook(cells=[*cells, nbformat.v4.new_markdown_cell(folded.format(code))])
+        ((name, answer, imports, _, solution),) = exercises_of(nb)
+        assert course.judge(EXERCISES[name], solve(answer, imports, solution)).startswith(verdict)
+    with pytest.raises(AssertionError, match="no folded solution right below the exercise 'voe'"):
+        list(exercises_of(nbformat.v4.new_notebook(cells=cells)))
+
+
+def test_the_environment_report_names_versions_and_threads(capsys):
+    course.environment_report()
+    shown = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in shown and f"{torch.get_num_threads()} thread(s)" in shown
+    assert len(shown.splitlines()) == 3
