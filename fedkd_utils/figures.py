@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib.patheffects as patheffects
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,11 +34,19 @@ ROW_STYLE: dict[str, tuple[str, str, str, str]] = {
     "dual_kd": ("Dual distillation", "#AA3377", "D", "-"),
 }
 _BY_TITLE = {title: (colour, marker, line) for title, colour, marker, line in ROW_STYLE.values()}
-_OTHERS = [("#0077BB", "o", "-"), ("#EE7733", "^", "--"), ("#009988", "s", "-."), ("#AA3377", "D", ":")]
+_OTHERS = [
+    ("#0077BB", "o", "-"),
+    ("#EE7733", "^", "--"),
+    ("#009988", "s", "-."),
+    ("#AA3377", "D", ":"),
+    ("#777777", "v", "-"),
+    ("#222222", "P", "--"),
+]
+#: What a prediction drew and the truth does not have, and the other way round: colour and marker.
+ERROR_STYLE = {"drawn, not true": ("#FFDD55", "+"), "true, not drawn": ("#EE66EE", "o")}
 
 STYLE: Any = {
-    "figure.dpi": 80,
-    "savefig.dpi": 80,
+    "figure.dpi": 96,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -70,7 +79,8 @@ def _new(rows: int, columns: int, width: float, height: float) -> tuple[Figure, 
     return figure, axes
 
 
-def _grey(image: Volume) -> tuple[float, float]:
+def grey_window(image: Volume) -> tuple[float, float]:
+    """The values drawn black and white: the 1st and the 99.5th percentile."""
     low, high = np.percentile(image, [1, 99.5])
     return float(low), float(max(high, low + 1e-6))
 
@@ -89,7 +99,8 @@ def _slice(axis: Any, image: Volume, index: int, spacing_mm: Sequence[float], wi
     axis.set_yticks([])
     axis.grid(False)
     for x, y, letter in ((0.02, 0.5, "A"), (0.93, 0.5, "P"), (0.48, 0.93, "S"), (0.48, 0.02, "I")):
-        axis.text(x, y, letter, transform=axis.transAxes, color="white", fontsize=7, alpha=0.8)
+        rim = [patheffects.withStroke(linewidth=1.5, foreground="black")]
+        axis.text(x, y, letter, transform=axis.transAxes, color="white", fontsize=7, path_effects=rim)
 
 
 def _outline(axis: Any, label: Volume, index: int) -> None:
@@ -100,20 +111,25 @@ def _outline(axis: Any, label: Volume, index: int) -> None:
             axis.contour(mask, [0.5], colors=CLASS_COLOURS[name], linestyles=CLASS_LINES[name], linewidths=1.3)
 
 
-def _class_legend(figure: Figure) -> None:
+def _class_legend(figure: Figure, errors: bool = False) -> None:
     handles = [
         Line2D([], [], color=CLASS_COLOURS[n], linestyle=CLASS_LINES[n], label=f"{n} cartilage") for n in CLASS_COLOURS
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    for name, (colour, marker) in ERROR_STYLE.items() if errors else ():
+        face = "none" if marker == "o" else colour
+        style: Any = {"linestyle": "none", "marker": marker, "color": "#777777", "markerfacecolor": face}
+        handles.append(Line2D([], [], label=name, **style))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def _where(label: Volume | None, slices: int, total: int) -> list[int]:
-    """Slices spread over the part that holds cartilage, or over the middle."""
-    low, high = 0.15 * total, 0.85 * total
+    """Slices spread over the part that holds cartilage, or over the middle; fewer when there are not so many."""
+    first, end = int(0.15 * total), total - int(0.15 * total)
     if label is not None and (label > 0).any():
         inside = np.flatnonzero((label > 0).any(axis=(1, 2)))
-        low, high = inside[0], inside[-1]
-    return [int(i) for i in np.linspace(low, high, slices + 2)[1:-1].round()]
+        first, end = int(inside[0]), int(inside[-1]) + 1
+    count = min(slices, end - first)
+    return [first + int((k + 0.5) * (end - first) / count) for k in range(count)]
 
 
 def montage(
@@ -121,11 +137,13 @@ def montage(
 ) -> Drawn:
     """Sagittal slices of a volume (LR, AP, SI) with outlined cartilage."""
     chosen = _where(label, slices, image.shape[0])
-    columns = min(slices, 6)
+    columns = min(len(chosen), 6)
     rows = -(-len(chosen) // columns)
     figure, axes = _new(rows, columns, 1.75 * columns, 2.0 * rows + 0.5)
-    window = _grey(image)
-    for axis, index in zip(axes.flat, chosen, strict=True):
+    window = grey_window(image)
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_axis_off()
+    for axis, index in zip(axes.flat, chosen, strict=False):
         _slice(axis, image, index, spacing_mm, window)
         axis.set_title(f"slice {index + 1}", fontsize=8)
         if label is not None:
@@ -144,7 +162,7 @@ def side_by_side(volumes: Mapping[str, tuple[Volume, Volume]], spacing_mm: Mappi
     figure, axes = _new(2, len(volumes), 2.2 * len(volumes), 4.9)
     for column, (name, (image, label)) in enumerate(volumes.items()):
         score = sum(np.sqrt((label == c).sum(axis=(1, 2))) for c in CARTILAGES)
-        index, window = int(np.argmax(score)), _grey(image)
+        index, window = int(np.argmax(score)), grey_window(image)
         for row in (0, 1):
             _slice(axes[row, column], image, index, spacing_mm[name], window)
         _outline(axes[1, column], label, index)
@@ -159,43 +177,55 @@ def side_by_side(volumes: Mapping[str, tuple[Volume, Volume]], spacing_mm: Mappi
 def compare_segmentations(
     image: Volume, truth: Volume, predictions: Mapping[str, Volume], spacing_mm: Sequence[float], slices: int = 4
 ) -> Drawn:
-    """Truth in the first row, each prediction below it with its false positives (+) and false negatives (o)."""
+    """Truth in the first row, below it each prediction with its errors, cut to where anything was drawn.
+
+    Args:
+        image, truth, predictions: (LR, AP, SI) on one grid.
+    """
     chosen = _where(truth, slices, image.shape[0])
-    figure, axes = _new(1 + len(predictions), slices, 2.1 * slices, 2.15 * (1 + len(predictions)) + 0.5)
-    window = _grey(image)
-    for row, (name, label) in enumerate({"truth": truth, **predictions}.items()):
+    labels = {"truth": truth, **predictions}
+    near = _around(np.stack([label[chosen] for label in labels.values()]).max(axis=(0, 1)) > 0)
+    height = 2.4 * (near[1].stop - near[1].start) * spacing_mm[2] / ((near[0].stop - near[0].start) * spacing_mm[1])
+    figure, axes = _new(len(labels), len(chosen), 2.5 * len(chosen), (height + 0.1) * len(labels) + 0.4)
+    window, part, truth = grey_window(image), image[:, *near], truth[:, *near]
+    for row, (name, whole) in enumerate(labels.items()):
+        label = whole[:, *near]
         for axis, index in zip(axes[row], chosen, strict=True):
-            _slice(axis, image, index, spacing_mm, window)
+            _slice(axis, part, index, spacing_mm, window)
             _outline(axis, label, index)
-            if row:
-                wrong = label[index] != truth[index]
-                for mask, marker, colour in (
-                    (wrong & (label[index] > 0), "+", "#FFDD55"),
-                    (wrong & (label[index] == 0), "o", "#FFFFFF"),
-                ):
-                    y, x = np.nonzero(mask.T[::-1, ::-1])
-                    axis.scatter(
-                        x,
-                        y,
-                        s=5,
-                        marker=marker,
-                        linewidths=0.5,
-                        facecolors="none" if marker == "o" else colour,
-                        edgecolors=colour if marker == "o" else None,
-                    )
+            _mark_errors(axis, label[index], truth[index])
         axes[row, 0].set_ylabel(name)
-    _class_legend(figure)
+    for axis, index in zip(axes[0], chosen, strict=True):
+        axis.set_title(f"slice {index + 1}", fontsize=8)
+    _class_legend(figure, errors=True)
     return figure, (
-        f"{slices} sagittal slices: the true cartilage outlined in the first row, then {', '.join(predictions)}, "
-        "with false positives marked + and false negatives o."
+        f"{len(chosen)} sagittal slices around the cartilage: the truth outlined in the first row, then "
+        f"{', '.join(predictions)}, with a + on each voxel drawn but not true and an o on each true but not drawn."
     )
+
+
+def _around(mask: Volume, margin: int = 6) -> tuple[slice, slice]:
+    """The rectangle that holds a mask and a margin; everything when the mask is empty."""
+    if not mask.any():
+        return slice(0, mask.shape[0]), slice(0, mask.shape[1])
+    ends = [np.flatnonzero(mask.any(axis=other)) for other in (1, 0)]
+    x, y = (slice(max(int(e[0]) - margin, 0), int(e[-1]) + margin + 1) for e in ends)
+    return slice(x.start, min(x.stop, mask.shape[0])), slice(y.start, min(y.stop, mask.shape[1]))
+
+
+def _mark_errors(axis: Any, label: Volume, truth: Volume) -> None:
+    wrong = label != truth
+    for mask, (colour, marker) in zip((wrong & (label > 0), wrong & (label == 0)), ERROR_STYLE.values(), strict=True):
+        y, x = np.nonzero(mask.T[::-1, ::-1])
+        style = {"facecolors": "none", "edgecolors": colour} if marker == "o" else {"color": colour}
+        axis.scatter(x, y, s=9, marker=marker, linewidths=0.7, **style)
 
 
 def heat(image: Volume, values: Volume, spacing_mm: Sequence[float], name: str, slices: int = 4) -> Drawn:
     """Slices of a volume above, a map of numbers on the same slices below, with a colour bar."""
-    chosen = [int(i) for i in np.linspace(0.15, 0.85, slices) * image.shape[0]]
-    figure, axes = _new(2, slices, 2.1 * slices, 4.6)
-    window, top = _grey(image), float(np.percentile(values, 99.9))
+    chosen = _where(None, slices, image.shape[0])
+    figure, axes = _new(2, len(chosen), 2.1 * len(chosen), 4.6)
+    window, top = grey_window(image), float(np.percentile(values, 99.9))
     drawn: Any = None
     for column, index in enumerate(chosen):
         _slice(axes[0, column], image, index, spacing_mm, window)
@@ -205,7 +235,7 @@ def heat(image: Volume, values: Volume, spacing_mm: Sequence[float], name: str, 
     figure.colorbar(drawn, ax=axes[1, :], label=name, shrink=0.8)
     return (
         figure,
-        f"{slices} sagittal slices of a volume, and below each a map of the {name}: bright where it is large.",
+        f"{len(chosen)} sagittal slices of a volume, and below each a map of the {name}: bright where it is large.",
     )
 
 
@@ -227,6 +257,8 @@ def dots_by_row(frame: pd.DataFrame) -> Drawn:
     """Dice of every test volume as a dot, the mean as a bar: ``frame`` has the columns row, class, dice."""
     rows = [r for r in ROW_STYLE if r in set(frame["row"])]
     names = [CLASS_NAMES[c] for c in CARTILAGES]
+    if not rows:
+        raise ValueError(f"nothing to draw: no row of the frame is one of {', '.join(ROW_STYLE)}.")
     figure, axes = _new(1, len(names), 3.0 * len(names), 3.3)
     for axis, name in zip(axes[0], names, strict=True):
         for x, row in enumerate(rows):
@@ -234,14 +266,16 @@ def dots_by_row(frame: pd.DataFrame) -> Drawn:
             y = frame.loc[(frame["row"] == row) & (frame["class"] == name), "dice"].to_numpy(float)
             spread = np.linspace(-0.18, 0.18, len(y)) if len(y) > 1 else np.zeros(len(y))
             axis.plot(x + spread, y, marker, color=colour, markersize=4, alpha=0.7, label=title)
-            axis.hlines(np.nanmean(y), x - 0.3, x + 0.3, color=colour, linewidth=2.5)
+            if np.isfinite(y).any():  # the mean of nothing would warn
+                axis.hlines(np.nanmean(y), x - 0.3, x + 0.3, color=colour, linewidth=2.5)
         axis.set(title=f"{name} cartilage", ylim=(-0.02, 1.0), xticks=range(len(rows)), ylabel="Dice")
         axis.set_xticklabels([ROW_STYLE[r][0].replace(", ", ",\n").replace(" ", "\n", 1) for r in rows], fontsize=7)
-    count = len(frame) // max(len(names) * len(rows), 1)
-    titles = ", ".join(ROW_STYLE[r][0] for r in rows)
+    counts = frame[frame["class"].isin(names)].groupby(["row", "class"]).size()
+    count = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    titles = "; ".join(ROW_STYLE[r][0] for r in rows)
     return (
         figure,
-        f"Dice of {count} test volumes for each cartilage: one dot a volume, a bar for the mean, for {titles}.",
+        f"Dice of {count} test volumes for each cartilage, one dot a volume, a bar for the mean. Rows: {titles}.",
     )
 
 

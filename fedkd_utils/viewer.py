@@ -10,7 +10,7 @@ import ipywidgets
 import numpy as np
 from IPython.display import display
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
 from fedkd_utils import figures
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
@@ -30,8 +30,9 @@ class Viewer:
     def __init__(
         self, image: NDArray[Any], label: NDArray[Any] | None, spacing_mm: Sequence[float], title: str
     ) -> None:
-        self.image, self.label, self.spacing_mm, self.title = _checked(image, label, spacing_mm)[:3] + (title,)
-        self.low, self.high = figures._grey(self.image)
+        self.image, self.label, self.spacing_mm = _checked(image, label, spacing_mm)
+        self.title = title
+        self.low, self.high = figures.grey_window(self.image)
         self.plane = ipywidgets.ToggleButtons(options=list(PLANES), description="plane")
         self.index = ipywidgets.IntSlider(description="slice", continuous_update=True)
         self.opacity = ipywidgets.FloatSlider(value=0.4, min=0, max=1, step=0.1, description="labels")
@@ -43,6 +44,7 @@ class Viewer:
             for c in CARTILAGES
         }
         self.picture = ipywidgets.Image(format="png")
+        self._moving = False
         self._change_plane()
         self.plane.observe(lambda _: self._change_plane(), "value")
         for control in (self.index, self.opacity, self.window, *self.classes.values()):
@@ -52,8 +54,10 @@ class Viewer:
 
     def _change_plane(self) -> None:
         axis = PLANES[self.plane.value][0]
-        self.index.max = max(self.image.shape[axis] - 1, 0)
+        self._moving = True  # the slider's own changes below are one move: draw once
+        self.index.max = self.image.shape[axis] - 1
         self.index.value = self._fullest(axis)
+        self._moving = False
         self._draw()
 
     def _fullest(self, axis: int) -> int:
@@ -64,6 +68,8 @@ class Viewer:
         return int(np.argmax((self.label > 0).sum(axis=others)))
 
     def _draw(self) -> None:
+        if self._moving:
+            return
         shown = [name for name, box in self.classes.items() if box.value]
         self.picture.value = self.png(self.plane.value, self.index.value, self.opacity.value, self.window.value, shown)
 
@@ -76,11 +82,12 @@ class Viewer:
         classes: Sequence[str] = CLASS_NAMES[1:],
         height: int = 420,
     ) -> bytes:
-        """One slice as a PNG in true proportions, with orientation letters.
+        """One slice as a PNG in true proportions, with orientation letters and the names of the classes it shows.
 
         Args:
             plane: "sagittal", "coronal" or "axial".
-            index: slice along the axis the plane cuts.
+            index: slice along the axis the plane cuts, from 0.
+            opacity: of the labels, 0 (hidden) to 1.
             window: darkest and brightest value shown, 0 and 1 being the 1st and 99.5th percentile.
             height: of the picture in pixels.
         """
@@ -89,13 +96,14 @@ class Viewer:
         low, high = self.low + window[0] * span, self.low + max(window[1], window[0] + 0.01) * span
         grey = np.clip((np.take(self.image, index, axis) - low) / (high - low), 0, 1)
         rgb = np.repeat((255 * grey).astype(np.float32)[..., None], 3, axis=-1)
+        named = []
         if self.label is not None and opacity > 0:
             cut = np.take(self.label, index, axis)
             for c in CARTILAGES:
-                if CLASS_NAMES[c] in classes:
-                    code = figures.CLASS_COLOURS[CLASS_NAMES[c]]
-                    colour = np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)])
-                    rgb[cut == c] = (1 - opacity) * rgb[cut == c] + opacity * colour
+                if CLASS_NAMES[c] in classes and (here := cut == c).any():
+                    colour = ImageColor.getrgb(figures.CLASS_COLOURS[CLASS_NAMES[c]])
+                    rgb[here] = (1 - opacity) * rgb[here] + opacity * np.array(colour)
+                    named.append((CLASS_NAMES[c], colour))
         # RAS arrays grow to the right, the front and the top; all three run the other way in the picture.
         pixels = rgb.astype(np.uint8)[::-1, ::-1].swapaxes(0, 1)
         width = round(height * pixels.shape[1] * self.spacing_mm[across] / (pixels.shape[0] * self.spacing_mm[down]))
@@ -106,7 +114,9 @@ class Viewer:
             ((4, height // 2), (width - 12, height // 2), (width // 2, 3), (width // 2, height - 15)),
             strict=True,
         ):
-            pen.text(place, letter, fill=(255, 255, 160))
+            pen.text(place, letter, fill=(255, 255, 160), stroke_width=1, stroke_fill=(0, 0, 0))
+        for line, (name, colour) in enumerate(named):
+            pen.text((4, 3 + 13 * line), name, fill=colour, stroke_width=1, stroke_fill=(0, 0, 0))
         out = io.BytesIO()
         drawn.save(out, format="png", compress_level=1)
         return out.getvalue()
@@ -116,21 +126,36 @@ def _checked(
     image: NDArray[Any], label: NDArray[Any] | None, spacing_mm: Sequence[float]
 ) -> tuple[NDArray[Any], NDArray[Any] | None, tuple[float, float, float]]:
     volume = np.asarray(image)
-    if volume.ndim != 3 or (volume.shape[-1] in (3, 4) and volume.dtype == np.uint8 and min(volume.shape[:2]) > 16):
+    if volume.dtype.fields is not None:
+        raise ValueError("the volume holds colours (a structured type); the viewer shows grey volumes (LR, AP, SI).")
+    if volume.ndim != 3:
         raise ValueError(
-            f"an array of shape {volume.shape} is not a 3D volume: the viewer shows (LR, AP, SI). "
-            "Take one channel, or one time point, first."
+            f"an array of shape {volume.shape} has {volume.ndim} axes; the viewer shows the three of one volume, "
+            "(LR, AP, SI). Take one channel, or one time point, first."
         )
-    if not np.isfinite(volume).all():
-        raise ValueError("the volume holds NaN or infinite voxels: mask them before looking at it.")
-    marks = None if label is None else np.asarray(label)
-    if marks is not None and marks.shape != volume.shape:
+    if volume.shape[-1] in (3, 4) and min(volume.shape[:2]) > 16:
+        raise ValueError(
+            f"an array of shape {volume.shape} looks like a colour picture; the viewer shows grey volumes (LR, AP, SI)."
+        )
+    if not volume.size or not np.isfinite(volume).all():
+        raise ValueError("the volume is empty, or holds NaN or infinite voxels: mask them before looking at it.")
+    try:
+        x, y, z = (float(s) for s in spacing_mm)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the spacing {spacing_mm} is not three numbers in mm.") from error
+    if not all(0 < s < np.inf for s in (x, y, z)):
+        raise ValueError(f"the spacing {(x, y, z)} mm is not positive.")
+    if label is None:
+        return volume, None, (x, y, z)
+    marks = np.asarray(label)
+    if marks.shape != volume.shape:
         raise ValueError(
             f"the label has shape {marks.shape}, the volume {volume.shape}: show a pair that belongs together."
         )
-    x, y, z = (float(s) for s in spacing_mm)
-    if min(x, y, z) <= 0:
-        raise ValueError(f"the spacing {tuple(spacing_mm)} mm is not positive.")
+    if unknown := sorted(set(np.unique(marks).tolist()) - set(range(len(CLASS_NAMES)))):
+        raise ValueError(
+            f"the label holds {unknown[:5]}; known are 0 to {len(CLASS_NAMES) - 1} ({', '.join(CLASS_NAMES)})."
+        )
     return volume, marks, (x, y, z)
 
 
@@ -146,7 +171,7 @@ def show_volume(
     nbval). Returns the viewer, whose controls can be moved in code.
 
     Raises:
-        ValueError: not three-dimensional, colour, NaN, or a label of another shape.
+        ValueError: not three-dimensional, colour, NaN, a spacing that is none, or a label that does not fit.
     """
     viewer = Viewer(image, label, spacing_mm, title)
     figure, alt = figures.montage(viewer.image, viewer.spacing_mm, viewer.label, 6, title)
