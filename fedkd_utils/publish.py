@@ -1,9 +1,7 @@
-"""Execute the notebooks in one clean run, check their form, and write the course as HTML that needs no network."""
+"""Execute the notebooks in one clean run, and write the course as HTML that needs no network."""
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import html
 import os
 import re
@@ -11,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,33 +24,13 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
-PACKAGE = Path(__file__).resolve().parent
+from fedkd_utils.rules import MINUTES, PACKAGE, WIDGET_VIEW, alt_text, code_cells, fingerprint, problems
+
 PROJECT = PACKAGE.parent
 NOTEBOOKS = PROJECT / "notebooks"
 COURSE = PROJECT / "build" / "course"
-#: The course, in order.
-NAMES = (
-    "00_start_here",
-    "01_knee_volumes",
-    "02_teacher",
-    "03_few_labels",
-    "04_federated_averaging",
-    "05_distillation",
-    "06_dual_distillation",
-)
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 #: One training's digits depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
-
-MAX_CODE_LINES = 25
-MAX_OUTPUT_LINES = 40
-MAX_BYTES = 1_000_000
-MAX_IGNORED = 2
-FIRST_WORDS = ("You will learn", "minutes", "Prerequisites", "Paper")
-LAST_WORDS = ("Recap", "Go further", "References")
-_ABSOLUTE = re.compile(r"(?<![\w.:/-])/(?:home|root|work|tmp)(?=/|\b)|\b[A-Z]:\\")
-_FORBIDDEN = re.compile(r"\b(interact\(|Output\(|clear_output)")
-_FIGURE = re.compile(r"^<Figure size .*>$")
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
@@ -86,24 +64,6 @@ def notebooks_in(folder: Path | str) -> list[Path]:
     return paths
 
 
-def _code_cells(nb: NotebookNode) -> list[NotebookNode]:
-    return [cell for cell in nb.cells if cell.cell_type == "code"]
-
-
-def _tags(cell: NotebookNode) -> list[str]:
-    return list(cell.metadata.get("tags", []))
-
-
-def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
-    """SHA-256 of the code cells and of the package: another value means that the stored outputs are stale."""
-    digest = hashlib.sha256()
-    for cell in _code_cells(nb):
-        digest.update(cell.source.encode() + b"\0")
-    for path in sorted(package.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------------- execution
 def execute_notebook(
     path: Path | str,
@@ -119,7 +79,7 @@ def execute_notebook(
     """
     path = Path(path)
     nb = read(path)
-    code = _code_cells(nb)
+    code = code_cells(nb)
     for cell in code:
         cell.outputs, cell.execution_count = [], None
     begun = 0
@@ -250,110 +210,6 @@ def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list
     return paths
 
 
-# ------------------------------------------------------------------------------------------------------------- rules
-def alt_text(output: NotebookNode) -> str:
-    """What a picture shows, in words: the output's metadata or its text twin (not matplotlib's `<Figure ...>`)."""
-    metadata = output.get("metadata", {})
-    twin = "".join(output.get("data", {}).get("text/plain", "")).strip().strip("'\"")
-    words = metadata.get("image/png", {}).get("alt") or metadata.get("alt") or ("" if _FIGURE.match(twin) else twin)
-    return str(words).strip()
-
-
-def _texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
-    """The (kind, text) parts of an output that a reader sees as text."""
-    if output.output_type == "stream":
-        yield "stream", output.text
-    elif output.output_type == "error":
-        yield "error", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join([*output.traceback, output.evalue]))
-    else:
-        for kind, data in output.data.items():
-            if kind.startswith("text/") or kind == "image/svg+xml":
-                yield kind, "".join(data)
-        yield "alt text", alt_text(output) if "image/png" in output.data else ""
-
-
-def _imports(source: str) -> bool:
-    plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
-    return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(ast.parse(plain)))
-
-
-def problems(nb: NotebookNode) -> list[str]:
-    """What breaks a rule of the course in an executed notebook; an empty list when nothing does."""
-    return [*_problems_of_form(nb), *_problems_of_code(nb), *_problems_of_outputs(nb)]
-
-
-def _problems_of_form(nb: NotebookNode) -> Iterator[str]:
-    if not nb.cells:
-        yield "no cells"
-        return
-    first, last = nb.cells[0], nb.cells[-1]
-    if first.cell_type != "markdown" or not re.match(r"# \S", first.source):
-        yield "the first cell has no title (a markdown cell beginning with '# ')"
-    for word in FIRST_WORDS:
-        if word not in first.source:
-            yield f"the first cell lacks {word!r}"
-    for word in LAST_WORDS:
-        if last.cell_type != "markdown" or word not in last.source:
-            yield f"the last cell lacks {word!r}"
-    if "widgets" in nb.metadata:
-        yield "widget state is stored"
-    if (size := len(nbformat.writes(nb).encode())) >= MAX_BYTES:
-        yield f"{size} bytes, allowed are fewer than {MAX_BYTES}"
-    if nb.metadata.get("fedkd", {}).get("fingerprint") != fingerprint(nb):
-        yield "stale: the fingerprint does not match the code; run make notebooks"
-    counts = [cell.execution_count for cell in _code_cells(nb)]
-    if counts != list(range(1, len(counts) + 1)):
-        yield f"execution counts {counts} are not 1 to {len(counts)}: not one clean run"
-
-
-def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
-    ignored = 0
-    for position, cell in enumerate(nb.cells):
-        if cell.cell_type != "code":
-            continue
-        where = f"cell {position + 1}"
-        first = cell is _code_cells(nb)[0]
-        if (lines := len(cell.source.splitlines())) > MAX_CODE_LINES:
-            yield f"{where}: {lines} lines of code, allowed are {MAX_CODE_LINES}"
-        if position == 0 or nb.cells[position - 1].cell_type != "markdown":
-            yield f"{where}: no markdown cell before it"
-        try:
-            if _imports(cell.source) and not first:
-                yield f"{where}: imports outside the first code cell"
-        except SyntaxError as error:
-            yield f"{where}: not Python: {error.msg}"
-        for match in _FORBIDDEN.finditer(cell.source):
-            yield f"{where}: {match[1].rstrip('(')} is not used in this course"
-        tags = _tags(cell)
-        if "nbval-skip" in tags:
-            yield f"{where}: nbval-skip"
-        if "nbval-ignore-output" in tags:
-            ignored += 1
-            if not re.search(r"\bassert\b", cell.source):
-                yield f"{where}: nbval-ignore-output without an assert"
-        if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", cell.source):
-            yield f"{where}: a comment steers nbval; use tags"
-    if ignored > MAX_IGNORED:
-        yield f"nbval-ignore-output on {ignored} cells, allowed are {MAX_IGNORED}"
-
-
-def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
-    for position, cell in enumerate(nb.cells):
-        for output in cell.get("outputs", []):
-            where = f"cell {position + 1}"
-            if output.output_type == "stream" and output.name == "stderr":
-                yield f"{where}: output on stderr"
-            if output.output_type == "error" and "raises-exception" not in _tags(cell):
-                yield f"{where}: an error without the tag raises-exception"
-            if "image/png" in output.get("data", {}) and not alt_text(output):
-                yield f"{where}: a picture without alt text"
-            for kind, text in _texts(output):
-                if match := _ABSOLUTE.search(text):
-                    yield f"{where}: absolute path {match[0]} in the output"
-                if kind in ("stream", "text/plain", "error") and (n := len(text.splitlines())) > MAX_OUTPUT_LINES:
-                    yield f"{where}: {n} lines of output, allowed are {MAX_OUTPUT_LINES}"
-
-
 # -------------------------------------------------------------------------------------------------------------- HTML
 def mathml(latex: str, display: bool) -> str:
     """An equation as MathML, which browsers draw without a script; an unknown command is an error."""
@@ -425,8 +281,8 @@ def _title(nb: NotebookNode, fallback: str) -> str:
 
 
 def _minutes(nb: NotebookNode) -> str:
-    match = re.search(r"(\d+(?: ?(?:-|to|–) ?\d+)?)\s+minutes", nb.cells[0].source) if nb.cells else None
-    return f"{match[1]} minutes" if match else ""
+    match = MINUTES.search(nb.cells[0].source) if nb.cells else None
+    return match[0] if match else ""
 
 
 def _page(title: str, body: str, bar: str) -> str:
@@ -491,7 +347,7 @@ def build_site(notebooks: Sequence[Path | str], out: Path | str, source: Path | 
     pages = [f"{path.stem}.html" for path in paths]
     for i, (nb, path) in enumerate(zip(loaded, paths, strict=True)):
         folder = Path(source) if source is not None else path.parent
-        for cell in _code_cells(nb):
+        for cell in code_cells(nb):
             for output in cell.outputs:
                 output.get("data", {}).pop(WIDGET_VIEW, None)
                 if "image/png" in output.get("data", {}):

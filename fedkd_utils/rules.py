@@ -1,0 +1,185 @@
+"""The rules of the course's notebooks, as code: what :func:`problems` finds in an executed notebook breaks one."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+PACKAGE = Path(__file__).resolve().parent
+#: The course, in order.
+NAMES = (
+    "00_start_here",
+    "01_knee_volumes",
+    "02_teacher",
+    "03_few_labels",
+    "04_federated_averaging",
+    "05_distillation",
+    "06_dual_distillation",
+)
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
+MAX_CODE_LINES = 25
+MAX_OUTPUT_LINES = 40
+MAX_BYTES = 1_000_000
+MAX_IGNORED = 2
+FIRST_WORDS = ("Why", "You will learn", "Prerequisites", "Paper")
+MINUTES = re.compile(r"(\d+(?: ?(?:-|to|–) ?\d+)?)\s+minutes?\b")
+LAST_WORDS = ("Recap", "Go further", "References")
+_ABSOLUTE = re.compile(r"(?<![\w.:/-])/(?:home|root|work|tmp)(?=/|\b)|\b[A-Z]:\\")
+#: What breaks strict validation, a public code host, or the promise of no network and no GPU; and why.
+_FORBIDDEN = {
+    r"\binteract(?:ive|_manual)?\(": "interact stores nothing to see: use viewer.show_volume",
+    r"\bOutput\(": "an Output widget is empty when reopened",
+    r"\bclear_output\b": "clear_output makes the stored output depend on time",
+    r"\bdisplay_id\b|\bupdate_display\b": "a display handle is updated after the fact",
+    r"\bplt\.show\(|\bplt\.gcf\(|%matplotlib": "figures are shown by figures.show, with alt text",
+    r"^\s*[!%]": "a line magic or shell command",
+    r"\.cuda\(|['\"]cuda": "the course needs no GPU",
+    r"\b(?:urlopen|urlretrieve|requests|socket)\b": "the course needs no network",
+}
+_CLOCK = re.compile(r"\bperf_counter\b|\bmonotonic\b|\btime\.time\(|\bdatetime\.now\(|%%?time")
+#: Text that names an object instead of saying something; an address in it changes every run.
+_BARE = re.compile(r"<matplotlib\.|<Axes|<Figure size|^\[?(?:Text|Line2D)\(|\b0x[0-9a-f]{6,}\b", re.M)
+_STYLED = re.compile(r"<style.*#T_", re.S)  # pandas' Styler, whose ids change every run
+_FIGURE = re.compile(r"^<Figure size .*>$")
+
+
+def code_cells(nb: NotebookNode) -> list[NotebookNode]:
+    """The code cells of a notebook, in order."""
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def _tags(cell: NotebookNode) -> list[str]:
+    return list(cell.metadata.get("tags", []))
+
+
+def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
+    """SHA-256 of the code cells and of the package: another value means that the stored outputs are stale."""
+    digest = hashlib.sha256()
+    for cell in code_cells(nb):
+        digest.update(cell.source.encode() + b"\0")
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
+    return digest.hexdigest()
+
+
+def alt_text(output: NotebookNode) -> str:
+    """What a picture shows, in words: the output's metadata or its text twin (not matplotlib's `<Figure ...>`)."""
+    metadata = output.get("metadata", {})
+    twin = "".join(output.get("data", {}).get("text/plain", "")).strip().strip("'\"")
+    words = metadata.get("image/png", {}).get("alt") or metadata.get("alt") or ("" if _FIGURE.match(twin) else twin)
+    return str(words).strip()
+
+
+def _texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
+    """The (kind, text) parts of an output that a reader sees as text."""
+    if output.output_type == "stream":
+        yield "stream", output.text
+    elif output.output_type == "error":
+        yield "error", re.sub(r"\x1b\[[0-9;]*m", "", "\n".join([*output.traceback, output.evalue]))
+    else:
+        for kind, data in output.data.items():
+            if kind.startswith("text/") or kind == "image/svg+xml":
+                yield kind, "".join(data)
+        yield "alt text", alt_text(output) if "image/png" in output.data else ""
+
+
+def _imports(source: str) -> bool:
+    plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+    return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(ast.parse(plain)))
+
+
+def problems(nb: NotebookNode) -> list[str]:
+    """What breaks a rule of the course in an executed notebook; an empty list when nothing does."""
+    return [*_problems_of_form(nb), *_problems_of_code(nb), *_problems_of_outputs(nb)]
+
+
+def _problems_of_form(nb: NotebookNode) -> Iterator[str]:
+    if not nb.cells:
+        yield "no cells"
+        return
+    first, last = nb.cells[0], nb.cells[-1]
+    if first.cell_type != "markdown" or not re.match(r"# \S", first.source):
+        yield "the first cell has no title (a markdown cell beginning with '# ')"
+    for word in FIRST_WORDS:
+        if word not in first.source:
+            yield f"the first cell lacks {word!r}"
+    if not MINUTES.search(first.source):
+        yield "the first cell does not say how many minutes the notebook takes"
+    for word in LAST_WORDS:
+        if last.cell_type != "markdown" or word not in last.source:
+            yield f"the last cell lacks {word!r}"
+    if "widgets" in nb.metadata:
+        yield "widget state is stored"
+    if (size := len(nbformat.writes(nb).encode())) >= MAX_BYTES:
+        yield f"{size} bytes, allowed are fewer than {MAX_BYTES}"
+    if nb.metadata.get("fedkd", {}).get("fingerprint") != fingerprint(nb):
+        yield "stale: the fingerprint does not match the code; run make notebooks"
+    counts = [cell.execution_count for cell in code_cells(nb)]
+    if counts != list(range(1, len(counts) + 1)):
+        yield f"execution counts {counts} are not 1 to {len(counts)}: not one clean run"
+
+
+def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
+    ignored = 0
+    for position, cell in enumerate(nb.cells):
+        if cell.cell_type != "code":
+            continue
+        where = f"cell {position + 1}"
+        first = cell is code_cells(nb)[0]
+        if (lines := len(cell.source.splitlines())) > MAX_CODE_LINES:
+            yield f"{where}: {lines} lines of code, allowed are {MAX_CODE_LINES}"
+        if position == 0 or nb.cells[position - 1].cell_type != "markdown":
+            yield f"{where}: no markdown cell before it"
+        try:
+            if _imports(cell.source) and not first:
+                yield f"{where}: imports outside the first code cell"
+        except SyntaxError as error:
+            yield f"{where}: not Python: {error.msg}"
+        for pattern, why in _FORBIDDEN.items():
+            if match := re.search(pattern, cell.source, re.M):
+                yield f"{where}: {match[0].strip()} is not used in this course: {why}"
+        tags = _tags(cell)
+        if _CLOCK.search(cell.source) and "nbval-ignore-output" not in tags:
+            yield f"{where}: reads a clock, but nbval compares its output"
+        if "nbval-skip" in tags:
+            yield f"{where}: nbval-skip"
+        if "nbval-ignore-output" in tags:
+            ignored += 1
+            if not re.search(r"\bassert\b", cell.source):
+                yield f"{where}: nbval-ignore-output without an assert"
+        if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", cell.source):
+            yield f"{where}: a comment steers nbval; use tags"
+    if ignored > MAX_IGNORED:
+        yield f"nbval-ignore-output on {ignored} cells, allowed are {MAX_IGNORED}"
+
+
+def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
+    for position, cell in enumerate(nb.cells):
+        for output in cell.get("outputs", []):
+            where = f"cell {position + 1}"
+            if output.output_type == "stream" and output.name == "stderr":
+                yield f"{where}: output on stderr"
+            if output.output_type == "error" and "raises-exception" not in _tags(cell):
+                yield f"{where}: an error without the tag raises-exception"
+            data = output.get("data", {})
+            if "image/png" in data and not alt_text(output):
+                yield f"{where}: a picture without alt text"
+            if WIDGET_VIEW in data and not {"image/png", "text/plain"} & data.keys():
+                yield f"{where}: a widget without a picture or a sentence beside it"
+            if "image/svg+xml" in data or _STYLED.search("".join(data.get("text/html", ""))):
+                yield f"{where}: SVG or a styled table, which nbval cannot compare"
+            for kind, text in _texts(output):
+                if match := _ABSOLUTE.search(text):
+                    yield f"{where}: absolute path {match[0]} in the output"
+                speaks = kind == "stream" or (kind == "text/plain" and "image/png" not in data)
+                if speaks and (match := _BARE.search(text)):
+                    yield f"{where}: a bare object in the output, {match[0]!r}: show it, or write _ = ..."
+                if kind in ("stream", "text/plain", "error") and (n := len(text.splitlines())) > MAX_OUTPUT_LINES:
+                    yield f"{where}: {n} lines of output, allowed are {MAX_OUTPUT_LINES}"

@@ -1,0 +1,209 @@
+"""The committed notebooks keep the rules of the course, and the checker finds every way to break one."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from fedkd_utils import rules
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
+# A notebook added to the course is added to rules.NAMES: then it must exist, and every rule below holds for it.
+EXPECTED = [f"{name}.ipynb" for name in rules.NAMES]
+
+
+def test_the_course_is_complete_and_holds_nothing_else():
+    assert [path.name for path in sorted(FOLDER.glob("*.ipynb"))] == EXPECTED
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_a_notebook_keeps_the_rules(name):
+    assert not rules.problems(nbformat.read(FOLDER / name, as_version=4))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_links_between_files_lead_somewhere(name):
+    assert not broken_links(nbformat.read(FOLDER / name, as_version=4), FOLDER)
+
+
+def broken_links(nb, folder):
+    """Targets of relative Markdown links that are not there."""
+    found = []
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            for target in MARKDOWN_LINK.findall(cell.source):
+                if "://" not in target and not target.startswith("#") and not (folder / target.split("#")[0]).exists():
+                    found.append(target)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ the checker, checked
+PNG = "iVBORw0KGgo="
+FIRST = (
+    "# 07 · A title\n\n**Why.** Because.\n\n**You will learn** to.\n\n"
+    "| **Time** | 1 minute on 2 CPU cores |\n| **Prerequisites** | none |\n| **Paper** | section 2 |"
+)
+
+
+def stamped(nb):
+    nb.metadata["fedkd"] = {"fingerprint": rules.fingerprint(nb)}
+    return nb
+
+
+def good():
+    """A notebook that breaks no rule: markdown, imports, markdown, a picture, markdown, numbers, last cell."""
+    picture = new_output("display_data", {"image/png": PNG, "text/plain": "One dot, in the middle."})
+    picture.metadata = {"image/png": {"alt": "One dot, in the middle."}}
+    printed = new_output("stream", name="stdout", text="Dice > 0.80: True\n")
+    cells = [
+        new_markdown_cell(FIRST),
+        new_code_cell("import numpy as np\nfrom pathlib import Path", execution_count=1),
+        new_markdown_cell("Why?"),
+        new_code_cell("figures.show(fig, alt)", execution_count=2, outputs=[picture]),
+        new_markdown_cell("What you should see."),
+        new_code_cell("print('Dice > 0.80:', dice > 0.8)\nassert dice > 0.8", execution_count=3, outputs=[printed]),
+        new_markdown_cell("## Recap\n\n## Go further\n\n## References"),
+    ]
+    return stamped(new_notebook(cells=cells))
+
+
+def test_a_good_notebook_has_no_problems():
+    assert not rules.problems(good())
+
+
+def source(cell, text):
+    return lambda nb: nb.cells[cell].__setitem__("source", text)
+
+
+def tagged(tags, text):
+    def fault(nb):
+        nb.cells[5].metadata["tags"] = tags
+        nb.cells[5].source = text
+
+    return fault
+
+
+def printed(text, name="stdout"):
+    return lambda nb: nb.cells[5].outputs.append(new_output("stream", name=name, text=text))
+
+
+def shown(**data):
+    data = {kind.replace("__", "/").replace("_plus_", "+"): value for kind, value in data.items()}
+    return lambda nb: nb.cells[5].outputs.append(new_output("display_data", data))
+
+
+def wordless(nb):
+    nb.cells[3].outputs[0].metadata = {}
+    nb.cells[3].outputs[0].data["text/plain"] = "<Figure size 640x480 with 1 Axes>"
+
+
+def ignored_three_times(nb):
+    for cell in (nb.cells[1], nb.cells[3], nb.cells[5]):
+        cell.metadata["tags"] = ["nbval-ignore-output"]
+        cell.source += "\nassert True"
+
+
+FAULTS = {
+    "no title": (source(0, FIRST.replace("# 07", "07")), "no title"),
+    "no why": (source(0, FIRST.replace("Why", "Well")), "lacks 'Why'"),
+    "no goals": (source(0, FIRST.replace("You will learn", "Goals")), "lacks 'You will learn'"),
+    "no minutes": (source(0, FIRST.replace("1 minute", "a moment")), "how many minutes"),
+    "no prerequisites": (source(0, FIRST.replace("Prerequisites", "Needs")), "lacks 'Prerequisites'"),
+    "no section of the paper": (source(0, FIRST.replace("Paper", "Text")), "lacks 'Paper'"),
+    "no recap": (source(6, "## Go further\n## References"), "the last cell lacks 'Recap'"),
+    "no outlook": (source(6, "## Recap\n## References"), "the last cell lacks 'Go further'"),
+    "no references": (source(6, "## Recap\n## Go further"), "the last cell lacks 'References'"),
+    "ends in code": (lambda nb: nb.cells.pop(), "the last cell lacks 'Recap'"),
+    "counts with a gap": (lambda nb: nb.cells[5].__setitem__("execution_count", 4), "[1, 2, 4] are not 1 to 3"),
+    "stripped": (lambda nb: nb.cells[1].__setitem__("execution_count", None), "not one clean run"),
+    "out of order": (lambda nb: nb.cells.insert(2, nb.cells.pop(5)), "not one clean run"),
+    "widget state": (lambda nb: nb.metadata.__setitem__("widgets", {}), "widget state"),
+    "too large": (printed("x" * 1_000_001), "allowed are fewer than 1000000"),
+    "long cell": (source(5, "\n".join(["assert True"] * 26)), "26 lines of code"),
+    "no prose": (lambda nb: nb.cells.pop(4), "cell 5: no markdown cell before it"),
+    "late import": (source(5, "def f():\n    import os"), "cell 6: imports outside"),
+    "not Python": (source(5, "print("), "cell 6: not Python"),
+    "interact": (source(5, "interact(f, x=3)"), "interact( is not used"),
+    "output widget": (source(5, "out = widgets.Output()"), "Output( is not used"),
+    "clear_output": (source(5, "clear_output(wait=True)"), "clear_output is not used"),
+    "display handle": (source(5, "h = display(x, display_id=True)"), "display_id is not used"),
+    "figure without the helper": (source(5, "plt.show()"), "plt.show( is not used"),
+    "install": (source(5, "!pip install thing"), "! is not used"),
+    "magic": (source(5, "%pip install thing"), "% is not used"),
+    "GPU": (source(5, "x = x.cuda()"), "needs no GPU"),
+    "device": (source(5, 'x = x.to("cuda:0")'), "needs no GPU"),
+    "network": (source(5, "requests.get(url)"), "needs no network"),
+    "clock": (source(5, "print(time.perf_counter())"), "reads a clock"),
+    "skip": (tagged(["nbval-skip"], "x = 1"), "nbval-skip"),
+    "ignored without assert": (tagged(["nbval-ignore-output"], "x = 1"), "without an assert"),
+    "ignored too often": (ignored_three_times, "on 3 cells, allowed are 2"),
+    "comment for nbval": (source(5, "# NBVAL_IGNORE_OUTPUT\nassert x"), "a comment steers nbval"),
+    "stderr": (printed("careful\n", "stderr"), "cell 6: output on stderr"),
+    "long output": (printed("x\n" * 41), "41 lines of output"),
+    "long table": (shown(text__plain="x\n" * 41), "41 lines of output"),
+    "path printed": (printed("saved in /home/me/x.pt\n"), "absolute path /home"),
+    "path in a table": (shown(text__html="<td>/root/x</td>"), "absolute path /root"),
+    "path on Windows": (printed("C:\\Users\\me\n"), "absolute path C:"),
+    "error": (
+        lambda nb: nb.cells[5].outputs.append(new_output("error", ename="E", evalue="e", traceback=[])),
+        "an error without the tag",
+    ),
+    "picture without words": (wordless, "cell 4: a picture without alt text"),
+    "address": (printed("<torch.Generator object at 0x7f12ab34cd56>\n"), "a bare object"),
+    "bare artist": (shown(text__plain="[<matplotlib.lines.Line2D>]"), "a bare object"),
+    "bare text": (shown(text__plain="Text(0.5, 1.0, 'x')"), "a bare object"),
+    "svg": (shown(image__svg_plus_xml="<svg/>", text__plain="words"), "SVG"),
+    "styler": (shown(text__html="<style>\n#T_ab12 {}</style><table>", text__plain="words"), "styled table"),
+    "lonely widget": (
+        lambda nb: nb.cells[5].outputs.append(new_output("display_data", {rules.WIDGET_VIEW: {"model_id": "x"}})),
+        "a widget without",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_and_nothing_else(name):
+    fault, words = FAULTS[name]
+    nb = good()
+    fault(nb)
+    found = rules.problems(stamped(nb))
+    assert any(words in problem for problem in found), found
+    others = {"ends in code": 3, "too large": 1, "out of order": 4}  # a fault that breaks several rules
+    assert len(found) <= others.get(name, 1), found
+
+
+def test_a_stale_notebook_is_found():
+    nb = good()
+    nb.cells[5].source = "assert True"
+    assert rules.problems(nb) == ["stale: the fingerprint does not match the code; run make notebooks"]
+    del nb.metadata["fedkd"]
+    assert len(rules.problems(nb)) == 1
+    assert rules.problems(new_notebook()) == ["no cells"]
+
+
+def test_an_expected_error_and_a_measured_time_are_allowed():
+    nb = good()
+    nb.cells[5].metadata["tags"] = ["raises-exception"]
+    nb.cells[5].outputs.append(new_output("error", ename="ValueError", evalue="e", traceback=["ValueError: e"]))
+    nb.cells[3].metadata["tags"] = ["nbval-ignore-output"]
+    nb.cells[3].source = "start = time.perf_counter()\nassert start"
+    assert not rules.problems(stamped(nb))
+
+
+def test_checking_changes_nothing():
+    nb = good()
+    before = copy.deepcopy(nb)
+    rules.problems(nb)
+    assert nb == before
+
+
+def test_a_broken_link_is_found(tmp_path):
+    (tmp_path / "README.md").touch()
+    text = "[a](README.md#map), [b](https://example.org), [c](#here), [d](02_gone.ipynb), ![e](gone.png)"
+    assert broken_links(new_notebook(cells=[new_markdown_cell(text)]), tmp_path) == ["02_gone.ipynb", "gone.png"]
