@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import nbformat
@@ -148,3 +149,34 @@ def test_alt_text_comes_from_metadata_or_twin():
     assert publish.alt_text(output({"image/png": {"alt": "a knee"}}, "<Figure size 6x4 with 1 Axes>")) == "a knee"
     assert publish.alt_text(output({}, "'a knee'")) == "a knee"
     assert publish.alt_text(output({}, "<Figure size 6x4 with 1 Axes>")) == ""
+
+
+def nbval(path):
+    """Strict validation, as `make test` does it: (passed, report)."""
+    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=60"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *options, str(path)], capture_output=True, text=True, cwd=path.parent
+    )
+    return done.returncode == 0, done.stdout
+
+
+def test_figures_and_viewer_survive_the_whole_way(tmp_path):
+    """Executed, checked, validated strictly, published; and a changed figure fails."""
+    path = write(
+        tmp_path / "00_a.ipynb",
+        "import numpy as np\n\nfrom fedkd_utils import figures, viewer",
+        "figures.show(*figures.curves({'a': [(0, 0.0), (1, 1.0)]}, 'round', 'Dice', 'Dice by round'))",
+        "view = viewer.show_volume(np.arange(24.0).reshape(2, 3, 4), None, (4, 1, 1), 'Numbers')",
+    )
+    nb = publish.execute_notebook(path)
+    assert [p for p in publish.problems(nb) if not p.startswith(("the first", "the last"))] == []
+    assert path.stat().st_size < 200_000 and "widgets" not in nb.metadata
+    passed, report = nbval(path)
+    assert passed and "3 passed" in report, report
+    page = publish.build_site([path], tmp_path / "site").with_name("00_a.html").read_text()
+    assert 'alt="Dice by round: Dice over round, 1 line; a rises."' in page
+    assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 2
+    nb.cells[4].source = nb.cells[4].source.replace("(1, 1.0)", "(1, -1.0)")
+    nbformat.write(nb, path)
+    passed, report = nbval(path)
+    assert not passed and "a falls" in report and "a rises" in report
