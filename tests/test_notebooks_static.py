@@ -148,7 +148,7 @@ FAULTS = {
     "long output": (printed("x\n" * 41), "41 lines of output"),
     "long table": (shown(text__plain="x\n" * 41), "41 lines of output"),
     "path printed": (printed("saved in /home/me/x.pt\n"), "absolute path /home"),
-    "path in a table": (shown(text__html="<td>/root/x</td>"), "absolute path /root"),
+    "path in a table": (shown(text__html="<td>/tmp/x</td>"), "absolute path /tmp"),
     "path on Windows": (printed("C:\\Users\\me\n"), "absolute path C:"),
     "error": (
         lambda nb: nb.cells[5].outputs.append(new_output("error", ename="E", evalue="e", traceback=[])),
