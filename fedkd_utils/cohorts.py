@@ -19,16 +19,19 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from fedkd_utils import acquisition
@@ -36,9 +39,18 @@ from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, SETTINGS_OF_CLIENTS, Settings, cache_folder
 
 ScanFunction = Callable[[int, Scanner, int], Scan]
+Plan = dict[str, tuple[Scanner, dict[str, list[int]]]]  # site -> its scanner, split -> subjects
+
+#: The code that makes the files, as it was when this module was imported (a kernel may outlive an edit).
+_CODE = hashlib.sha256(
+    b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in ("anatomy", "acquisition", "cohorts"))
+).hexdigest()
 
 #: The scanner of each client, in turn.
 CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
+
+#: The visit: every volume of a cohort is a subject's first scan, and no subject is scanned twice in one cohort.
+SCAN_SEED = 1
 
 
 class CohortError(ValueError):
@@ -112,16 +124,18 @@ def _subjects(settings: Settings, seed: int) -> dict[str, list[int]]:
             first = 10_000 * (seed + 1) + 5_000  # clients keep their subjects whatever the repository holds
         out[split] = list(range(first, first + count))
         first += count
+    numbers = [n for split in out.values() for n in split]
+    if len(set(numbers)) != len(numbers) or max(numbers) >= 10_000 * (seed + 2):
+        raise CohortError(
+            f"profile {settings.name!r} asks for too many volumes: at most 5000 in the repository and 5000 at clients."
+        )
     return out
 
 
 def _hash(plan: object, scan: ScanFunction) -> str:
     """A short hash of what a folder depends on: its numbers and the code that makes it."""
-    parts = [plan, scan.__module__, scan.__qualname__]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
-    for name in ("anatomy", "acquisition", "cohorts"):
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    return digest.hexdigest()[:10]
+    parts = [plan, scan.__module__, getattr(scan, "__qualname__", repr(scan)), _CODE]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def make_repository(
@@ -131,6 +145,7 @@ def make_repository(
     root: Path | None = None,
     *,
     workers: int = 2,
+    progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> Site:
     """The labelled national repository, made on first use.
@@ -140,16 +155,19 @@ def make_repository(
         scanner: "repository_dess", or "random" for the same subjects through a new random sequence each.
         seed: another seed, other subjects.
         root: where cohorts are kept; :func:`settings.cache_folder` when not given.
-        workers: processes that make volumes side by side.
+        workers: processes that make volumes side by side; 1 makes them in this one.
+        progress: show a bar while volumes are made, when the error stream is a terminal.
         scan: how a volume is made (tests put a quicker one here).
 
     Raises:
-        CohortError: the folder cannot be written or is damaged beyond repair.
+        CohortError: an unknown scanner, or the folder cannot be written.
     """
+    if scanner not in SCANNERS:
+        raise CohortError(f"unknown scanner {scanner!r}: choose one of {', '.join(SCANNERS)}.")
     subjects = {s: n for s, n in _subjects(settings, seed).items() if s.startswith("repository/")}
-    plan = {"repository": (SCANNERS[scanner], {s.split("/")[1]: n for s, n in subjects.items()})}
+    plan: Plan = {"repository": (SCANNERS[scanner], {s.split("/")[1]: n for s, n in subjects.items()})}
     folder = (root or cache_folder()) / f"repository-{scanner}-{settings.name}-s{seed}-{_hash(plan, scan)}"
-    _make(folder, plan, workers, scan, f"repository ({SCANNERS[scanner].title})")
+    _make(folder, plan, workers, scan, f"repository ({SCANNERS[scanner].title})" if progress else None)
     return open_site(folder / "repository")
 
 
@@ -160,6 +178,7 @@ def make_clients(
     root: Path | None = None,
     *,
     workers: int = 2,
+    progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> tuple[Site, ...]:
     """The hospitals of a setting, made on first use: arguments as for :func:`make_repository`.
@@ -170,13 +189,13 @@ def make_clients(
     if setting not in SETTINGS_OF_CLIENTS:
         raise CohortError(f"unknown setting {setting!r}: choose one of {', '.join(SETTINGS_OF_CLIENTS)}.")
     subjects = _subjects(settings, seed)
-    plan = {}
+    plan: Plan = {}
     for k in range(1, settings.clients + 1):
         scanner = SCANNERS[CLIENT_SCANNERS[setting][(k - 1) % len(CLIENT_SCANNERS[setting])]]
         own = {s.split("/")[1]: n for s, n in subjects.items() if s.startswith(f"client_{k}/")}
         plan[f"client_{k}"] = (scanner, own)
     folder = (root or cache_folder()) / f"clients-{setting}-{settings.name}-s{seed}-{_hash(plan, scan)}"
-    _make(folder, plan, workers, scan, f"hospitals ({setting.replace('_', ' ')})")
+    _make(folder, plan, workers, scan, f"hospitals ({setting.replace('_', ' ')})" if progress else None)
     return tuple(open_site(folder / name) for name in plan)
 
 
@@ -187,12 +206,15 @@ def make_cohort(
     root: Path | None = None,
     *,
     workers: int = 2,
+    progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> Cohort:
-    """Repository and clients of a setting. Both settings share one repository."""
-    repository = make_repository(settings, seed=seed, root=root, workers=workers, scan=scan)
-    clients = make_clients(settings, setting, seed, root, workers=workers, scan=scan)
-    return Cohort(repository, clients, setting)
+    """Repository and clients of a setting, proved free of leakage. Both settings share one repository."""
+    repository = make_repository(settings, seed=seed, root=root, workers=workers, progress=progress, scan=scan)
+    clients = make_clients(settings, setting, seed, root, workers=workers, progress=progress, scan=scan)
+    cohort = Cohort(repository, clients, setting)
+    assert_no_leakage(cohort)
+    return cohort
 
 
 def hidden_label(item: Item) -> Path:
@@ -203,7 +225,7 @@ def hidden_label(item: Item) -> Path:
 # --- making ------------------------------------------------------------
 
 
-def _orders(plan: dict[str, tuple[Scanner, dict[str, list[int]]]]) -> list[_Order]:
+def _orders(plan: Plan) -> list[_Order]:
     orders = []
     for site, (scanner, splits) in plan.items():
         for split, subjects in splits.items():
@@ -211,16 +233,16 @@ def _orders(plan: dict[str, tuple[Scanner, dict[str, list[int]]]]) -> list[_Orde
                 file = f"knee_{subject:05d}.nii.gz"
                 half = "Ts" if split == "test" else "Tr"
                 label = f"hidden/labelsTr/{file}" if split == "unlabelled" else f"{site}/labels{half}/{file}"
-                orders.append(_Order(subject, scanner, 1, f"{site}/images{half}/{file}", label))
+                orders.append(_Order(subject, scanner, SCAN_SEED, f"{site}/images{half}/{file}", label))
     return orders
 
 
-def _nifti_bytes(array: np.ndarray, affine: np.ndarray) -> bytes:
-    """A gzipped NIfTI file in memory; equal arrays give equal bytes."""
+def _nifti_bytes(array: np.ndarray, affine: np.ndarray, levels: int = 32767) -> bytes:
+    """A gzipped NIfTI file in memory, an image as int16 in so many levels; equal arrays give equal bytes."""
     if array.dtype == np.uint8:
         image = nib.Nifti1Image(array, affine)
     else:
-        slope = max(float(array.max()), 1e-6) / 32767
+        slope = max(float(array.max()), 1e-6) / levels
         image = nib.Nifti1Image(np.round(array / slope).astype(np.int16), affine)
         image.header.set_slope_inter(slope, 0.0)
     image.set_sform(affine, 1)
@@ -234,10 +256,12 @@ def _nifti_bytes(array: np.ndarray, affine: np.ndarray) -> bytes:
 
 def _fill(order: _Order, scan: ScanFunction, folder: Path) -> dict[str, str]:
     """Make one volume; returns the checksums of its two files."""
-    import torch
-
-    torch.set_num_threads(1)
-    made = scan(order.subject, order.scanner, order.scan_seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums in the same order on every machine
+    try:
+        made = scan(order.subject, order.scanner, order.scan_seed)
+    finally:
+        torch.set_num_threads(threads)
     sums = {}
     for name, array in ((order.image, made.image), (order.label, made.label)):
         content = _nifti_bytes(array, made.affine)
@@ -260,118 +284,140 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def _fill_all(orders: list[_Order], scan: ScanFunction, folder: Path, workers: int, label: str) -> dict[str, str]:
+def _fill_all(
+    orders: list[_Order], scan: ScanFunction, folder: Path, workers: int, label: str | None
+) -> dict[str, str]:
+    """Make volumes side by side; returns the checksums of their files."""
     sums: dict[str, str] = {}
-    with tqdm(total=len(orders), desc=label, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:
-        if workers <= 1 or len(orders) < 4:
-            for order in orders:
+    quiet = label is None or not sys.stderr.isatty()
+    with tqdm(total=len(orders), desc=label, file=sys.stderr, disable=quiet, leave=False) as bar:
+        if workers > 1 and len(orders) >= 4:
+            try:
+                with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+                    for made in pool.map(_fill, orders, [scan] * len(orders), [folder] * len(orders)):
+                        sums |= made
+                        bar.update()
+            except BrokenProcessPool:  # killed for memory, or a script that cannot be imported: go on in this process
+                pass
+        for order in orders:
+            if order.image not in sums:
                 sums |= _fill(order, scan, folder)
                 bar.update()
-        else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for made in pool.map(_fill, orders, [scan] * len(orders), [folder] * len(orders)):
-                    sums |= made
-                    bar.update()
     return sums
 
 
 @contextmanager
-def _lock(path: Path, patience_s: float = 900.0) -> Iterator[None]:
-    """One maker at a time; a lock left by a killed process is taken over once its process is gone."""
+def _lock(path: Path, patience_s: float = 1800.0) -> Iterator[None]:
+    """One maker at a time. The system drops the lock of a process that ends, however it ends; the file stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    waited = 0.0
-    while True:
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-            os.write(handle, str(os.getpid()).encode())
-            os.close(handle)
-            break
-        except FileExistsError:
-            if _abandoned(path):
-                path.unlink(missing_ok=True)
-                continue
+    handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        waited = 0.0
+        while not _grab(handle):
             if waited > patience_s:
-                raise CohortError(
-                    f"{path}: another process has held this lock for long. Stop it, or delete it."
-                ) from None
+                raise CohortError(f"{path}: another process has been making this cohort for long. Stop it first.")
             time.sleep(0.2)
             waited += 0.2
-    try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        os.close(handle)
 
 
-def _abandoned(path: Path) -> bool:
+def _grab(handle: int) -> bool:
+    """Try to lock an open file; False when another holds it."""
     try:
-        text = path.read_text()
-        age_s = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
-    if not text.isdigit():
-        return age_s > 10
-    try:
-        os.kill(int(text), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return True
 
 
-def _make(
-    folder: Path, plan: dict[str, tuple[Scanner, dict[str, list[int]]]], workers: int, scan: ScanFunction, label: str
-) -> None:
+def _make(folder: Path, plan: Plan, workers: int, scan: ScanFunction, label: str | None) -> None:
     """Make a folder of sites, or check it and remake what is damaged or missing."""
     orders = _orders(plan)
     try:
+        if _damaged(folder, orders) == set():
+            return  # whole: nothing to write, so that a read-only cache can be used
+        if workers > 1 and parent_process() is not None:
+            raise CohortError(
+                "a script that makes cohorts must be guarded by `if __name__ == '__main__':`, or use workers=1."
+            )
         with _lock(folder.parent / f".{folder.name}.lock"):
-            if not (folder / "checksums.json").is_file():
-                building = folder.parent / f".{folder.name}.building"
-                shutil.rmtree(building, ignore_errors=True)
-                sums = _fill_all(orders, scan, building, workers, label)
-                for site, (scanner, splits) in plan.items():
-                    content = json.dumps(_description(site, scanner, splits), indent=1).encode()
-                    write_file(building / site / "dataset.json", content)
-                    sums[f"{site}/dataset.json"] = hashlib.sha256(content).hexdigest()
-                write_file(building / "checksums.json", json.dumps(sums, indent=1, sort_keys=True).encode())
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(building, folder)
-                return
-            _mend(folder, orders, plan, scan, workers, label)
+            damaged = _damaged(folder, orders)  # again: another process may have made it meanwhile
+            if damaged and not _mend(folder, damaged, orders, plan, scan, workers, label):
+                damaged = None  # other bytes than before (another version of a library): all of it anew
+            if damaged is None:
+                _build(folder, orders, plan, scan, workers, label)
     except OSError as error:
         raise CohortError(
-            f"{folder}: cannot be written ({error}). Free some space, or name another folder in FEDKD_CACHE."
+            f"{folder}: cannot be made or checked ({error}). Free some space, or name another folder in FEDKD_CACHE."
         ) from error
+
+
+def _build(folder: Path, orders: list[_Order], plan: Plan, scan: ScanFunction, workers: int, label: str | None) -> None:
+    """Make everything beside its place and move it there when it is whole."""
+    building = folder.parent / f".{folder.name}.building"
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        sums = _fill_all(orders, scan, building, workers, label)
+        for name, content in _descriptions(plan).items():
+            write_file(building / name, content)
+            sums[name] = hashlib.sha256(content).hexdigest()
+        write_file(building / "checksums.json", json.dumps(sums, indent=1, sort_keys=True).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)  # a full disk stays no fuller than it was
+        raise
 
 
 def _mend(
     folder: Path,
+    damaged: set[str],
     orders: list[_Order],
-    plan: dict[str, tuple[Scanner, dict[str, list[int]]]],
+    plan: Plan,
     scan: ScanFunction,
     workers: int,
-    label: str,
-) -> None:
-    """Compare every file with its checksum and make the wrong ones again, with the same bytes."""
-    sums = json.loads((folder / "checksums.json").read_text())
-    bad = {name for name, value in sums.items() if _sha256(folder / name) != value}
-    if not bad:
-        return
-    _fill_all([o for o in orders if o.image in bad or o.label in bad], scan, folder, workers, f"{label}, mending")
-    for site, (scanner, splits) in plan.items():
-        if f"{site}/dataset.json" in bad:
-            content = json.dumps(_description(site, scanner, splits), indent=1).encode()
-            write_file(folder / site / "dataset.json", content)
-    still = sorted(name for name in bad if _sha256(folder / name) != sums[name])
-    if still:
-        raise CohortError(
-            f"{folder / still[0]}: differs from its checksum even after it was made again. Delete {folder}."
-        )
+    label: str | None,
+) -> bool:
+    """Make damaged files again; False when their bytes are not those of before."""
+    again = [o for o in orders if o.image in damaged or o.label in damaged]
+    _fill_all(again, scan, folder, workers, f"{label}, mending" if label else None)
+    for name, content in _descriptions(plan).items():
+        if name in damaged:
+            write_file(folder / name, content)
+    return not _damaged(folder, orders)
+
+
+def _damaged(folder: Path, orders: list[_Order]) -> set[str] | None:
+    """The files that are missing or differ from their checksum; None when there is no list of checksums to trust."""
+    try:
+        sums = json.loads((folder / "checksums.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    expected = {name for order in orders for name in (order.image, order.label)}
+    if not isinstance(sums, dict) or not expected < set(sums):
+        return None
+    return {name for name, value in sums.items() if _sha256(folder / name) != value}
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
+def _descriptions(plan: Plan) -> dict[str, bytes]:
+    """The content of every site's ``dataset.json``, by its path in the cohort's folder."""
+    return {
+        f"{site}/dataset.json": json.dumps(_description(site, scanner, splits), indent=1).encode()
+        for site, (scanner, splits) in plan.items()
+    }
 
 
 def _description(site: str, scanner: Scanner, splits: dict[str, list[int]]) -> dict[str, Any]:
@@ -400,7 +446,7 @@ def _description(site: str, scanner: Scanner, splits: dict[str, list[int]]) -> d
         "test": test,
         "labelled_classes": list(CARTILAGES),
         "subjects": subjects,
-        "provenance": {"scanner": asdict(scanner), "scan_seed": 1},
+        "provenance": {"scanner": asdict(scanner), "scan_seed": SCAN_SEED, "code_sha256": _CODE},
     }
 
 
@@ -414,54 +460,91 @@ def _bare(name: str) -> str:
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
+    """The volumes of a folder by bare name.
+
+    Raises:
+        CohortError: two files for one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.endswith((".nii", ".nii.gz")) and path.name[0] != ".":
+            name = _bare(path.name)
+            if name in found:
+                raise CohortError(f"{path} and {found[name].name} are one volume twice. Remove one of them.")
+            found[name] = path
+    return found
+
+
+def _facts(described: Path) -> dict[str, Any]:
+    """The content of a ``dataset.json``, or nothing when there is none."""
+    if not described.is_file():
         return {}
-    return {
-        _bare(p.name): p for p in sorted(folder.iterdir()) if p.name.endswith((".nii", ".nii.gz")) and p.name[0] != "."
-    }
+    try:
+        facts = json.loads(described.read_bytes())
+    except ValueError as error:
+        raise CohortError(f"{described}: not readable as JSON ({error}). Repair or delete it.") from error
+    if not isinstance(facts, dict):
+        raise CohortError(f"{described}: holds no JSON object. Repair or delete it.")
+    return facts
+
+
+def _number(folder: Path, name: str) -> int:
+    """A subject number for a volume whose subject nobody names: its own, also among several sites."""
+    return int(hashlib.sha256(f"{folder.resolve()}/{name}".encode()).hexdigest()[:12], 16) + 2**48
 
 
 def open_site(folder: str | Path) -> Site:
     """Open any folder in the Decathlon or nnU-Net layout.
 
-    ``dataset.json`` may name validation cases, subjects and the classes that are labelled; without it every labelled
-    volume of ``imagesTr`` is training data. A volume without a label is unlabelled.
+    ``dataset.json`` may name ``validation`` cases, the ``labelled_classes`` and the ``subjects`` (file name -> number);
+    without it every labelled volume of ``imagesTr`` is training data, all cartilages count as labelled, and every
+    volume as a subject of its own. An image in ``imagesTr`` without a label is unlabelled; one in ``imagesTs`` without
+    a label cannot be scored and is left out.
 
     Raises:
-        CohortError: no volume, an unreadable ``dataset.json``, or one that lists a file that is not there.
+        CohortError: no volume, a label without an image, an unreadable ``dataset.json``, or one that lists a file
+            that is not there or names classes or subjects that are none.
     """
     folder = Path(folder)
     images, labels = _volumes(folder / "imagesTr"), _volumes(folder / "labelsTr")
-    if not images:
+    tests, test_labels = _volumes(folder / "imagesTs"), _volumes(folder / "labelsTs")
+    if not images and not tests:
         raise CohortError(f"{folder}: no volume in imagesTr. Put .nii.gz files there, and their labels in labelsTr.")
-    facts: dict[str, Any] = {}
     described = folder / "dataset.json"
-    if described.is_file():
-        try:
-            facts = json.loads(described.read_text())
-        except ValueError as error:
-            raise CohortError(f"{described}: not readable as JSON ({error}). Repair or delete it.") from error
+    facts = _facts(described)
     for part in ("training", "validation", "test", "unlabelled"):
         for entry in facts.get(part, []):
             for listed in entry.values() if isinstance(entry, dict) else [entry]:
-                path = folder / listed
-                if not path.is_file() and not _volumes(path.parent).get(_bare(path.name)):
+                path = folder / str(listed)
+                if not path.is_file() and _bare(path.name) not in _volumes(path.parent):
                     raise CohortError(
                         f"{described}: lists {listed}, which is not there. Add the file or drop the entry."
                     )
-    classes = tuple(int(c) for c in facts.get("labelled_classes", CARTILAGES))
-    subjects = {_bare(name): int(number) for name, number in facts.get("subjects", {}).items()}
-    validating = {_bare(Path(e["image"]).name) for e in facts.get("validation", []) if isinstance(e, dict)}
-    everything = sorted({*images, *_volumes(folder / "imagesTs")})
-    number = {name: subjects.get(name, i) for i, name in enumerate(everything)}
+    for kind, owners, owned in (("imagesTr", images, labels), ("imagesTs", tests, test_labels)):
+        for name in owned.keys() - owners.keys():
+            raise CohortError(f"{owned[name]}: no image of this name in {kind}. Add the image or remove the label.")
+    for name in images.keys() & tests.keys():
+        raise CohortError(f"{tests[name]}: also in imagesTr. Keep a volume for training or for test, not for both.")
+    try:
+        classes = tuple(int(c) for c in facts.get("labelled_classes", CARTILAGES))
+        subjects = {_bare(Path(name).name): int(number) for name, number in facts.get("subjects", {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CohortError(
+            f"{described}: labelled_classes must be a list of numbers, subjects file name -> number ({error})."
+        ) from error
+    if not classes or not set(classes) <= set(CARTILAGES):
+        raise CohortError(f"{described}: labelled_classes is {list(classes)}. Use some of {list(CARTILAGES)}.")
+    validating = {
+        _bare(Path(str(e.get("image", "") if isinstance(e, dict) else e)).name) for e in facts.get("validation", [])
+    }
 
     def item(name: str, image: Path, label: Path | None) -> Item:
-        return Item(name, number[name], image, label, classes)
+        number = subjects[name] if name in subjects else _number(folder, name)
+        return Item(name, number, image, label, classes)
 
     labelled = {n: item(n, p, labels[n]) for n, p in images.items() if n in labels}
-    tests, test_labels = _volumes(folder / "imagesTs"), _volumes(folder / "labelsTs")
     return Site(
-        name=folder.name,
+        name=folder.resolve().name,
         folder=folder,
         training=tuple(i for n, i in labelled.items() if n not in validating),
         unlabelled=tuple(item(n, p, None) for n, p in images.items() if n not in labels),
@@ -471,9 +554,23 @@ def open_site(folder: str | Path) -> Site:
 
 
 def scanner_title(site: Site) -> str:
-    """What a made site is scanned with, from its ``dataset.json``."""
-    facts = json.loads((site.folder / "dataset.json").read_text())
-    return str(facts["provenance"]["scanner"]["title"])
+    """What a site is scanned with, from its ``dataset.json``; of a reader's own site, its description."""
+    facts = _facts(site.folder / "dataset.json")
+    try:
+        return str(facts["provenance"]["scanner"]["title"])
+    except (KeyError, TypeError):
+        return str(facts.get("description") or "unknown scanner")
+
+
+def _content(path: Path) -> str:
+    """A checksum of the voxels as stored: the same for a copy that was renamed or compressed again."""
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise CohortError(f"{path}: damaged ({error}). Copy it again; a made cohort mends itself.") from error
+    return hashlib.sha256(raw[352:]).hexdigest()  # behind the NIfTI-1 header
 
 
 def assert_no_leakage(cohort: Cohort) -> None:
@@ -487,9 +584,9 @@ def assert_no_leakage(cohort: Cohort) -> None:
         for split in ("training", "unlabelled", "validation", "test"):
             for item in getattr(site, split):
                 place = f"{site.name} {split} ({item.image})"
-                for key in (("subject", item.subject), ("content", _sha256(item.image))):
+                for key in (("subject", item.subject), ("content", _content(item.image))):
                     if key in seen:
-                        raise CohortError(f"the same {key[0]} twice: {seen[key]} and {place}. Split by subject.")
+                        raise CohortError(f"the same {key[0]} twice: {seen[key]} and {place}. Keep one of them.")
                     seen[key] = place
 
 
@@ -501,17 +598,19 @@ DEMONSTRATION_SUBJECT = 4
 
 
 def write_demonstration(folder: Path) -> None:
-    """Write ``data/demo``: one subject through every scanner, with labels and checksums."""
+    """Write ``data/demo``: one subject through every scanner, with labels and checksums, in 12 bits as scanners do."""
     sums = {}
     for name, scanner in DEMONSTRATION.items():
-        made = acquisition.scan(DEMONSTRATION_SUBJECT, SCANNERS[scanner], 1)
+        made = acquisition.scan(DEMONSTRATION_SUBJECT, SCANNERS[scanner], SCAN_SEED)
         for kind, array in (("knee", made.image), ("label", made.label)):
-            content = _nifti_bytes(array, made.affine)
+            content = _nifti_bytes(array, made.affine, levels=4095)
             write_file(folder / f"{kind}_{name}.nii.gz", content)
             sums[f"{kind}_{name}.nii.gz"] = hashlib.sha256(content).hexdigest()
     facts = {
         "command": "python -m fedkd_utils demo",
-        "subject": DEMONSTRATION_SUBJECT,
+        "code": ["fedkd_utils/anatomy.py", "fedkd_utils/acquisition.py"],
+        "subject_seed": DEMONSTRATION_SUBJECT,
+        "scan_seed": SCAN_SEED,
         "scanners": DEMONSTRATION,
         "licence": "Apache-2.0",
         "sha256": sums,
