@@ -145,7 +145,7 @@ def montage(
         axis.set_axis_off()
     for axis, index in zip(axes.flat, chosen, strict=False):
         _slice(axis, image, index, spacing_mm, window)
-        axis.set_title(f"slice {index + 1}", fontsize=8)
+        axis.set_title(f"slice {index}", fontsize=8)
         if label is not None:
             _outline(axis, label, index)
     figure.suptitle(title)
@@ -196,7 +196,7 @@ def compare_segmentations(
             _mark_errors(axis, label[index], truth[index])
         axes[row, 0].set_ylabel(name)
     for axis, index in zip(axes[0], chosen, strict=True):
-        axis.set_title(f"slice {index + 1}", fontsize=8)
+        axis.set_title(f"slice {index}", fontsize=8)
     _class_legend(figure, errors=True)
     return figure, (
         f"{len(chosen)} sagittal slices around the cartilage: the truth outlined in the first row, then "

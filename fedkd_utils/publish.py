@@ -213,8 +213,9 @@ def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list
 # -------------------------------------------------------------------------------------------------------------- HTML
 def mathml(latex: str, display: bool) -> str:
     """An equation as MathML, which browsers draw without a script; an unknown command is an error."""
+    spaced = re.sub(r"(\\(?:ln|log|exp))\b(?=\s*(?:[A-Za-z]|\\(?!left)[A-Za-z]))", r"\1\\,", latex.strip())
     try:
-        markup = latex2mathml.converter.convert(latex.strip(), display="block" if display else "inline")
+        markup = latex2mathml.converter.convert(spaced, display="block" if display else "inline")
     except Exception as error:
         raise ValueError(f"cannot set the equation {latex!r}: {error or type(error).__name__}") from error
     if unknown := re.search(r">(\\[A-Za-z]+)<", markup):
@@ -256,11 +257,11 @@ class _Exporter(HTMLExporter):
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 17px/1.6 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 0; }
-main { max-width: 54rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; }
 nav { background: #12324a; color: #fff; padding: .6rem 1.2rem; display: flex; gap: 1.2rem; flex-wrap: wrap; }
 nav a { color: #fff; } nav .next { margin-left: auto; }
 h1, h2, h3 { line-height: 1.25; margin-top: 1.6em; } a { color: #0b5d8f; }
-pre { margin: 0; padding: .6rem .8rem; overflow-x: auto; font: 14px/1.45 ui-monospace, Consolas, monospace; }
+pre { margin: 0; padding: .6rem .8rem; overflow-x: auto; font: 13px/1.45 ui-monospace, Consolas, monospace; }
 code { font-family: ui-monospace, Consolas, monospace; font-size: .9em; background: #eef2f6; padding: 0 .2em; }
 pre code { background: none; padding: 0; font-size: inherit; }
 .highlight, .rendered_html pre, .text_cell pre { background: #f4f6f9; border-left: 4px solid #6d8bab; }

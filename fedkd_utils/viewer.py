@@ -33,17 +33,20 @@ class Viewer:
         self.image, self.label, self.spacing_mm = _checked(image, label, spacing_mm)
         self.title = title
         self.low, self.high = figures.grey_window(self.image)
-        self.plane = ipywidgets.ToggleButtons(options=list(PLANES), description="plane")
+        self.plane = ipywidgets.ToggleButtons(options=list(PLANES), description="plane", style={"button_width": "80px"})
         self.index = ipywidgets.IntSlider(description="slice", continuous_update=True)
         self.opacity = ipywidgets.FloatSlider(value=0.4, min=0, max=1, step=0.1, description="labels")
         self.window = ipywidgets.FloatRangeSlider(
             value=(0.0, 1.0), min=0.0, max=1.5, step=0.05, description="window", readout_format=".2f"
         )
         self.classes = {
-            CLASS_NAMES[c]: ipywidgets.Checkbox(value=True, description=CLASS_NAMES[c], indent=False)
+            CLASS_NAMES[c]: ipywidgets.Checkbox(
+                value=True, description=CLASS_NAMES[c], indent=False, layout={"width": "auto"}
+            )
             for c in CARTILAGES
         }
-        self.picture = ipywidgets.Image(format="png")
+        # Without these layouts JupyterLab stretches the picture and the boxes over the whole cell.
+        self.picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start"})
         self._moving = False
         self._change_plane()
         self.plane.observe(lambda _: self._change_plane(), "value")

@@ -113,6 +113,15 @@ def test_equations_become_mathml(latex):
     assert publish.mathml(latex, display=True).startswith("<math") and 'display="block"' in publish.mathml(latex, True)
 
 
+@pytest.mark.parametrize(
+    ("latex", "spaced"),
+    [(r"\ln C", True), (r"\log\frac{p}{q}", True), (r"\ln\bar q", True), (r"\ln(x)", False), (r"\ln_2", False)]
+    + [(r"\ln\left(x\right)", False), (r"\max_x y", False)],
+)
+def test_a_function_name_does_not_touch_its_argument(latex, spaced):
+    assert ("<mspace" in publish.mathml(latex, False)) == spaced
+
+
 @pytest.mark.parametrize("latex", [r"\notacommand{x}", r"\frac{1}{"])
 def test_a_wrong_equation_is_an_error(latex):
     with pytest.raises(ValueError, match="cannot set the equation"):
