@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +345,8 @@ def _make(folder: Path, plan: Plan, workers: int, scan: ScanFunction, label: str
     try:
         if _damaged(folder, orders) == set():
             return  # whole: nothing to write, so that a read-only cache can be used
-        if workers > 1 and parent_process() is not None:
+        if workers > 1 and getattr(current_process(), "_inheriting", False):
+            # A worker imports the script that started it and would now wait for the lock of its own parent.
             raise CohortError(
                 "a script that makes cohorts must be guarded by `if __name__ == '__main__':`, or use workers=1."
             )

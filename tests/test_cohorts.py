@@ -291,6 +291,16 @@ def test_two_processes_at_once_make_one_cohort(tmp_path: Path) -> None:
     make(tmp_path, scan=slow_boxes)
 
 
+def test_script_without_a_main_guard_ends_and_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("scan=t.slow_boxes", "workers=2"))
+    arguments = [sys.executable, str(script), str(HERE), str(tmp_path / "cache")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip() == "made"  # by the script itself, without workers
+    assert "must be guarded by `if __name__ == '__main__':`" in done.stderr
+
+
 def test_full_disk_names_the_folder_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = cohorts.write_file, []
 
