@@ -142,6 +142,7 @@ def to_grid(
     affine: NDArray[np.float64],
     spacing_mm: tuple[float, float, float],
     shape: tuple[int, int, int] | None = None,
+    fill: float | None = None,
 ) -> tuple[torch.Tensor, NDArray[np.float64]]:
     """Bring an image to RAS order at a spacing, around the centre of its field of view.
 
@@ -149,7 +150,8 @@ def to_grid(
         array: (X, Y, Z) voxels in any orientation.
         affine: (4, 4) voxel index to RAS mm.
         spacing_mm: target voxel sizes.
-        shape: target shape; the whole field of view when not given. Beyond the image the smallest value is filled in.
+        shape: target shape; the whole field of view when not given.
+        fill: value beyond the image; its smallest value when not given.
 
     Returns:
         float32 tensor (D, H, W) and the affine of the grid.
@@ -161,7 +163,7 @@ def to_grid(
         shape = (d, h, w)
     weights = [axis_weights(n, m, t / s) for n, m, s, t in zip(turned.shape, shape, sizes, spacing_mm, strict=True)]
     x = torch.from_numpy(turned)
-    low = x.min()
+    low = float(x.min()) if fill is None else fill
     cover = torch.einsum("d,h,w->dhw", *[w.sum(dim=1) for w in weights])
     grid = resample(x - low, weights) / cover.clamp(min=0.25) + low
     step = np.asarray(spacing_mm) / np.asarray(sizes)
@@ -178,7 +180,8 @@ def label_to_grid(
 ) -> torch.Tensor:
     """Bring a label map to the grid: the share of every class is resampled like an image, the largest share wins."""
     shares = [
-        to_grid((label == c).astype(np.float32), affine, spacing_mm, shape)[0] for c in range(1, len(CLASS_NAMES))
+        to_grid((label == c).astype(np.float32), affine, spacing_mm, shape, fill=0.0)[0]
+        for c in range(1, len(CLASS_NAMES))
     ]
     stack = torch.stack(shares)
     return torch.cat([1 - stack.sum(dim=0, keepdim=True), stack]).argmax(dim=0)
@@ -320,34 +323,78 @@ def _uniform(generator: torch.Generator, *shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=generator) * 2 - 1
 
 
+def move(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    mirrored: torch.Tensor,
+    zoom: torch.Tensor,
+    angle: torch.Tensor,
+    shift: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mirror, scale, rotate in the sagittal plane and shift: images linearly, labels by the nearest voxel.
+
+    Slices and plane do not mix, so that one 2D sampling with the slices as channels and one small matrix along them do
+    what a 3D sampling does, four times faster. In-plane voxels are taken as square.
+
+    Args:
+        images: (B, 1, D, H, W). Beyond the volume its border is repeated.
+        labels: (B, D, H, W) int64. Beyond the volume there is background.
+        mirrored: (B,) bool, left and right swapped first.
+        zoom: (B, 3) size of what is seen over what is shown, along D, H, W: above 1 a knee looks smaller.
+        angle: (B,) radians.
+        shift: (B, 3) of the field of view along D, H, W, as parts of half its size.
+    """
+    batch, _, d, h, w = images.shape
+    cos, sin = angle.cos(), angle.sin()
+    plane = torch.zeros(batch, 2, 3)  # affine_grid orders its axes (W, H), each from -1 to 1
+    plane[:, 0, 0], plane[:, 0, 1] = cos * zoom[:, 2], -sin * zoom[:, 1] * h / w
+    plane[:, 1, 0], plane[:, 1, 1] = sin * zoom[:, 2] * w / h, cos * zoom[:, 1]
+    plane[:, 0, 2], plane[:, 1, 2] = shift[:, 2], shift[:, 1]
+    where = torch.nn.functional.affine_grid(plane, [batch, 1, h, w], align_corners=False)
+    sample = torch.nn.functional.grid_sample
+    seen = sample(images[:, 0], where, mode="bilinear", padding_mode="border", align_corners=False)
+    classes = sample(labels.float(), where, mode="nearest", align_corners=False).long()
+
+    centre = (2 * torch.arange(d) + 1) / d - 1
+    centre = zoom[:, :1] * centre + shift[:, :1]
+    centre = torch.where(mirrored[:, None], -centre, centre)
+    at = ((centre + 1) * d - 1) / 2  # (B, D) slice to read, in voxels
+    weights = (1 - (at.clamp(0, d - 1)[:, :, None] - torch.arange(d)).abs()).clamp(min=0)
+    seen = torch.bmm(weights, seen.flatten(2)).reshape(images.shape)
+    nearest = at.round()
+    inside = (nearest >= 0) & (nearest < d)
+    classes = classes[torch.arange(batch)[:, None], nearest.clamp(0, d - 1).long()] * inside[:, :, None, None]
+    return seen, classes
+
+
+def bend(images: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    """Gamma correction: intensities (B, 1, D, H, W) to the power ``gamma`` (B,) between their own ends, which stay."""
+    low, high = images.amin((1, 2, 3, 4), keepdim=True), images.amax((1, 2, 3, 4), keepdim=True)
+    span = (high - low).clamp(min=1e-6)
+    return ((images - low) / span).pow(gamma[:, None, None, None, None]) * span + low
+
+
 def augment(
     images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random geometry and contrast for a batch, drawn from ``generator``.
 
-    Half of the volumes are mirrored left to right (a right knee becomes a left one); all are scaled (up to 10 %), moved
-    (up to 5 % of the field of view) and rotated in the sagittal plane (up to 8 degrees); then gain, offset and noise.
+    Half of the volumes are mirrored left to right; all are scaled (up to 10 %), moved (up to 5 % of the field of view)
+    and rotated in the sagittal plane (up to 8 degrees); then gamma (0.8 to 1.25), gain, offset and noise. Left and
+    right knees stay in a cohort as they were scanned: mirroring is how a network learns both from either.
 
     Args:
         images: (B, 1, D, H, W) z-scored.
         labels: (B, D, H, W) int64.
     """
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    flip = mirrored[:, None, None, None]
-    images = torch.where(flip[:, None], images.flip(2), images)
-    labels = torch.where(flip, labels.flip(1), labels)
-    matrix = torch.zeros(len(images), 3, 4)  # affine_grid orders its axes (W, H, D)
-    zoom = 1 + 0.1 * _uniform(generator, len(images), 3)
-    angle = math.radians(8) * _uniform(generator, len(images))
-    matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() * zoom[:, 0], -angle.sin() * zoom[:, 1]
-    matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() * zoom[:, 0], angle.cos() * zoom[:, 1]
-    matrix[:, 2, 2] = zoom[:, 2]
-    matrix[:, :, 3] = 0.1 * _uniform(generator, len(images), 3)
-    where = torch.nn.functional.affine_grid(matrix, list(images.shape), align_corners=False)
-    sample = torch.nn.functional.grid_sample
-    images = sample(images, where, mode="bilinear", padding_mode="border", align_corners=False)
-    labels = sample(labels[:, None].float(), where, mode="nearest", align_corners=False)[:, 0].long()
-    gain = 1 + 0.2 * _uniform(generator, len(images), 1, 1, 1, 1)
-    offset = 0.2 * _uniform(generator, len(images), 1, 1, 1, 1)
+    batch = len(images)
+    mirrored = torch.rand(batch, generator=generator) < 0.5
+    zoom = 1 + 0.1 * _uniform(generator, batch, 3)
+    angle = math.radians(8) * _uniform(generator, batch)
+    shift = 0.1 * _uniform(generator, batch, 3)
+    images, labels = move(images, labels, mirrored, zoom, angle, shift)
+    images = bend(images, (math.log(1.25) * _uniform(generator, batch)).exp())
+    gain = 1 + 0.2 * _uniform(generator, batch, 1, 1, 1, 1)
+    offset = 0.2 * _uniform(generator, batch, 1, 1, 1, 1)
     noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(images.shape, generator=generator)
     return images * gain + offset + noise, labels

@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from fedkd_utils import transforms
 from fedkd_utils.cohorts import Item, Site
@@ -128,6 +132,133 @@ def test_a_landmark_stays_where_it_is_in_the_world():
     )
 
 
+def tilted(spacing, shift=(5.0, -40.0, 9.0)):
+    affine = np.eye(4)
+    turn = Rotation.from_euler("xyz", [12, -9, 15], degrees=True).as_matrix()
+    affine[:3, :3], affine[:3, 3] = turn @ np.diag(spacing), shift
+    return affine
+
+
+def voxels_of(shape, to_world, to_voxel):
+    """Voxel coordinates (3, N) in one volume of every voxel of another, by way of the world."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).reshape(3, -1)
+    return (np.linalg.inv(to_voxel) @ to_world @ np.vstack([index, np.ones(index.shape[1])]))[:3]
+
+
+def smooth_noise(shape, seed=0):
+    return ndimage.gaussian_filter(np.random.default_rng(seed).random(shape), 1.5).astype(np.float32)
+
+
+def test_oblique_volumes_are_read_where_they_lie_in_the_world():
+    volume, affine = smooth_noise((18, 40, 30)), tilted((3.0, 1.0, 1.5))
+    grid, grid_affine = to_grid(volume, affine, (2.0, 0.8, 0.9), (16, 30, 30))
+    expected = ndimage.map_coordinates(volume, voxels_of(grid.shape, grid_affine, affine), order=1, mode="nearest")
+    np.testing.assert_allclose(grid.numpy().ravel(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIR", "LPS", "SLA"])
+def test_way_back_agrees_with_scipy_in_the_world(codes):
+    shape, affine = (30, 52, 44), tilted((1.5, 0.7, 0.8))
+    turn = nib.orientations.ornt_transform(RAS, nib.orientations.axcodes2ornt(tuple(codes)))
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, shape)
+    shape = nib.orientations.apply_orientation(np.zeros(shape), turn).shape
+    grid_affine = to_grid(np.zeros(shape, np.float32), affine, (4.0, 1.2, 1.2), (14, 36, 36))[1]
+    noise = np.stack([smooth_noise((14, 36, 36), c) for c in range(4)])
+    probabilities = torch.from_numpy(noise * 60).softmax(dim=0)
+    at = voxels_of(shape, affine, grid_affine)
+    inside = np.all((at > 0) & (at < np.array([[13], [35], [35]])), axis=0).reshape(shape)
+    expected = np.stack([ndimage.map_coordinates(p, at, order=1, mode="nearest") for p in probabilities.numpy()])
+    sure = inside & (np.diff(np.sort(expected, axis=0)[-2:], axis=0)[0].reshape(shape) > 1e-4)
+    got = from_grid(probabilities, grid_affine, shape, affine)
+    assert got.shape == shape and sure.mean() > 0.6 and set(np.unique(got)) == {0, 1, 2, 3}
+    assert np.array_equal(got[sure], expected.argmax(axis=0).reshape(shape)[sure])
+
+
+@pytest.mark.parametrize("codes", list(all_orientations()))
+def test_ras_order_is_that_of_monai(codes):
+    array, affine = smooth_noise((4, 6, 5)), tilted((3.0, 1.0, 1.5))
+    turn = nib.orientations.ornt_transform(RAS, nib.orientations.axcodes2ornt(tuple(codes)))
+    affine = affine @ nib.orientations.inv_ornt_aff(turn, array.shape)
+    array = np.ascontiguousarray(nib.orientations.apply_orientation(array, turn))
+    expected = Orientation("RAS", labels=None)(MetaTensor(array[None], affine=affine))
+    got, got_affine = transforms.to_ras(array, affine)
+    np.testing.assert_array_equal(got, expected[0].numpy())
+    np.testing.assert_allclose(got_affine, expected.affine.numpy(), atol=1e-9)
+
+
+@given(
+    st.tuples(*[st.integers(2, 9)] * 3),
+    st.tuples(*[st.floats(0.3, 5.0)] * 3),
+    st.sampled_from(list(all_orientations())),
+    st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_label_on_its_own_grid_comes_back_voxel_by_voxel(shape, spacing, codes, seed):
+    label = np.random.default_rng(seed).integers(0, 4, shape).astype(np.uint8)
+    turn = nib.orientations.ornt_transform(RAS, nib.orientations.axcodes2ornt(tuple(codes)))
+    affine = tilted(spacing) @ nib.orientations.inv_ornt_aff(turn, shape)
+    stored = np.ascontiguousarray(nib.orientations.apply_orientation(label, turn))
+    on_grid = label_to_grid(stored, affine, spacing, shape)
+    assert np.array_equal(on_grid.numpy(), label)
+    probabilities = torch.nn.functional.one_hot(on_grid, 4).permute(3, 0, 1, 2).float()
+    grid_affine = to_grid(stored, affine, spacing, shape)[1]
+    assert np.array_equal(from_grid(probabilities, grid_affine, stored.shape, affine), stored)
+
+
+def test_thick_slices_take_the_class_that_fills_most_of_them():
+    label = np.random.default_rng(0).integers(0, 4, (12, 8, 8)).astype(np.uint8)
+    got = label_to_grid(label, affine_of((1.0, 1.0, 1.0), label.shape), (3.0, 2.0, 2.0), (4, 4, 4)).numpy()
+    for d, h, w in product(range(4), repeat=3):
+        votes = np.bincount(label[3 * d : 3 * d + 3, 2 * h : 2 * h + 2, 2 * w : 2 * w + 2].ravel(), minlength=4)
+        assert votes[got[d, h, w]] == votes.max()
+
+
+def test_beyond_the_field_of_view_there_is_darkness_and_background():
+    image, label = smooth_noise((10, 12, 14)) + 3, np.full((10, 12, 14), 2, np.uint8)
+    affine = tilted((1.0, 1.0, 1.0))
+    grid, grid_affine = to_grid(image, affine, (1.0, 1.0, 1.0), (16, 16, 18))
+    inner = (slice(3, 13), slice(2, 14), slice(2, 16))
+    np.testing.assert_allclose(grid[inner].numpy(), image, atol=1e-5)
+    outside = torch.ones(grid.shape, dtype=torch.bool)
+    outside[inner] = False
+    assert torch.equal(grid[outside], torch.full((int(outside.sum()),), float(image.min())))
+    on_grid = label_to_grid(label, affine, (1.0, 1.0, 1.0), (16, 16, 18))
+    assert (on_grid[inner] == 2).all() and (on_grid[outside] == 0).all()
+    everywhere = torch.zeros(4, 6, 6, 6)
+    everywhere[1] = 1.0
+    small = to_grid(image, affine, (1.0, 1.0, 1.0), (6, 6, 6))[1]
+    back = from_grid(everywhere, small, image.shape, affine)
+    assert back.sum() == 6**3 and (back[2:8, 3:9, 4:10] == 1).all()
+    assert grid_affine.shape == (4, 4)
+
+
+def test_a_voxel_partly_outside_shows_its_covered_part():
+    image = np.full((9, 9, 9), 5.0, np.float32)
+    image[4, 4, 4] = 0.0
+    grid, _ = to_grid(image, affine_of((1.0, 1.0, 1.0), image.shape), (3.0, 2.0, 2.0), (3, 5, 5))
+    np.testing.assert_allclose(grid[0].numpy(), 5.0, atol=1e-5)  # the plane's outer voxels are covered by 3/4, 9/16
+    label = np.full((9, 9, 9), 3, np.uint8)
+    on_grid = label_to_grid(label, affine_of((1.0, 1.0, 1.0), label.shape), (3.0, 2.0, 2.0), (3, 5, 5))
+    assert (on_grid == 3).all()
+
+
+def test_way_back_from_a_grid_that_is_not_centred_on_the_volume():
+    label = np.random.default_rng(0).integers(1, 4, (10, 12, 14)).astype(np.uint8)
+    affine = tilted((3.0, 1.0, 1.5))
+    corner = np.eye(4)
+    corner[:3, 3] = [4, 1, 6]
+    part = torch.nn.functional.one_hot(torch.from_numpy(label[4:9, 1:8, 6:12]).long(), 4).permute(3, 0, 1, 2).float()
+    expected = np.zeros_like(label)
+    expected[4:9, 1:8, 6:12] = label[4:9, 1:8, 6:12]
+    assert np.array_equal(from_grid(part, affine @ corner, label.shape, affine), expected)
+
+
+def test_whole_field_of_view_is_kept_when_no_shape_is_named():
+    image = smooth_noise((30, 41, 27))
+    grid, _ = to_grid(image, affine_of((1.0, 0.5, 2.0), image.shape), (4.0, 1.2, 1.2))
+    assert grid.shape == (round(30 / 4), round(41 * 0.5 / 1.2), round(27 * 2 / 1.2))
+
+
 def test_round_trip_through_a_coarser_grid_keeps_the_label():
     label = blob((40, 48, 48))
     affine = affine_of((1.0, 1.0, 1.0), label.shape)
@@ -151,6 +282,82 @@ def test_augment_moves_image_and_label_together_and_obeys_its_generator():
         bright = first[0][k, 0] > (inside.mean() + outside.mean()) / 2
         overlap = 2 * (bright & (first[1][k] == 1)).sum() / (bright.sum() + (first[1][k] == 1).sum())
         assert overlap > 0.9
+
+
+def test_move_is_what_scipy_does_in_millimetres():
+    rng = np.random.default_rng(0)
+    shape = (7, 18, 26)  # a plane that is not square: a rotation in it must not shear
+    image, label = smooth_noise((2, *shape)), rng.integers(0, 4, (2, *shape))
+    mirrored, zoom = torch.tensor([True, False]), torch.tensor([[0.9, 1.1, 1.04], [1.7, 0.93, 0.97]])
+    angle, shift = torch.tensor([0.3, -0.2]), torch.tensor([[0.06, -0.1, 0.08], [-0.05, 0.1, 0.02]])
+    seen, classes = transforms.move(
+        torch.from_numpy(image)[:, None], torch.from_numpy(label), mirrored, zoom, angle, shift
+    )
+    for k in range(2):
+        turn = Rotation.from_euler("x", -float(angle[k])).as_matrix()  # of (D, H, W) about D
+        matrix = turn @ np.diag(zoom[k].double().numpy())
+        middle = (np.asarray(shape) - 1) / 2
+        offset = middle - matrix @ middle + shift[k].double().numpy() * np.asarray(shape) / 2
+        sources = [v[k][::-1] if mirrored[k] else v[k] for v in (image, label)]
+        expected = ndimage.affine_transform(sources[0], matrix, offset, order=1, mode="nearest")
+        np.testing.assert_allclose(seen[k, 0].numpy(), expected, atol=1e-4)
+        # SciPy's own nearest neighbour rejects what lies up to half a voxel outside: one voxel of margin for both
+        padded = np.pad(sources[1], 1)
+        wide = np.asarray(shape) + 2
+        centre = (wide - 1) / 2
+        shifted = centre - matrix @ centre + shift[k].double().numpy() * np.asarray(shape) / 2
+        nearest = ndimage.affine_transform(padded, matrix, shifted, order=0, mode="constant")[1:-1, 1:-1, 1:-1]
+        assert (classes[k].numpy() != nearest).mean() < 2e-3  # ties may fall either way
+    still = torch.zeros(2), torch.zeros(2, 3)
+    alike = transforms.move(
+        torch.from_numpy(image)[:, None], torch.from_numpy(label), mirrored, torch.ones(2, 3), *still
+    )
+    torch.testing.assert_close(alike[0][0, 0], torch.from_numpy(image[0]).flip(0), atol=1e-5, rtol=0)
+    assert torch.equal(alike[1][0], torch.from_numpy(label[0]).flip(0)) and torch.equal(
+        alike[1][1], torch.from_numpy(label[1])
+    )
+
+
+def test_bend_keeps_the_ends_and_the_order_of_intensities():
+    x = torch.randn(2, 1, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    bent = transforms.bend(x, torch.tensor([0.8, 1.25]))
+    for k, darker in ((0, False), (1, True)):
+        assert float(bent[k].min()) == pytest.approx(float(x[k].min()), abs=1e-5)
+        assert float(bent[k].max()) == pytest.approx(float(x[k].max()), abs=1e-5)
+        assert torch.equal(bent[k].flatten().argsort(), x[k].flatten().argsort())
+        assert bool((bent[k].mean() < x[k].mean()) == darker)
+    torch.testing.assert_close(transforms.bend(x, torch.ones(2)), x)
+    assert transforms.bend(torch.full((1, 1, 2, 2, 2), 3.0), torch.tensor([1.2])).isfinite().all()
+
+
+def test_augment_mirrors_half_of_the_volumes_with_their_labels():
+    x = torch.zeros(64, 1, 3, 4, 4)
+    x[:, :, 0] = 4.0  # left slice bright, right slice dark
+    y = torch.zeros(64, 3, 4, 4, dtype=torch.int64)
+    y[:, 0] = 3
+    images, labels = transforms.augment(x, y, torch.Generator().manual_seed(0))
+    right = (labels[:, 2] == 3).flatten(1).any(dim=1)
+    assert 20 < int(right.sum()) < 44 and set(labels.unique().tolist()) == {0, 3}
+    assert bool((images[right, 0, 2].mean(dim=(1, 2)) > images[right, 0, 0].mean(dim=(1, 2)) + 1).all())
+    assert images.shape == x.shape and labels.shape == y.shape and labels.dtype == torch.int64
+
+
+def test_augment_draws_offset_gain_gamma_and_noise_for_every_volume_within_its_ranges():
+    levels = torch.tensor([-1.0, 0.5, 2.0]).repeat_interleave(10)  # three thick bands, so that their middles stay pure
+    x = levels.reshape(1, 1, 1, 1, 30).expand(64, 1, 4, 30, 30).contiguous()
+    y = torch.zeros(64, 4, 30, 30, dtype=torch.int64)
+    images, _ = transforms.augment(x, y, torch.Generator().manual_seed(1))
+    low, middle, high = (images[:, 0, :, 13:17, k - 1 : k + 2].mean(dim=(1, 2, 3)) for k in (4, 15, 26))
+    # x * gain + offset at the two ends that gamma leaves alone
+    gain, offset = (high - low) / 3, (high + 2 * low) / 3
+    gamma = ((middle - low) / (high - low)).log() / torch.tensor(0.5).log()
+    for drawn, centre, reach in ((gain, 1.0, 0.2), (offset, 0.0, 0.2), (gamma.log(), 0.0, float(np.log(1.25)))):
+        assert float((drawn - centre).abs().max()) < reach + 0.06  # bands hold a little noise
+        assert float(drawn.max() - drawn.min()) > 1.5 * reach and float(drawn.std()) > 0.4 * reach
+    pairs = torch.stack([gain, offset, gamma]).corrcoef() - torch.eye(3)
+    assert float(pairs.abs().max()) < 0.5  # drawn apart
+    grain = images[:, 0, :, 13:17, 3:6].flatten(1).std(dim=1)
+    assert 0.001 < float(grain.min()) and float(grain.max()) < 0.15
 
 
 def item(tmp_path, image=None, label=None, affine=None, label_affine=None):
@@ -233,3 +440,20 @@ def test_a_site_is_stacked_and_counted(tmp_path):
     assert data.labelled_images.shape == (2, 1, 8, 16, 16) and data.labels.dtype == torch.int64
     assert data.unlabelled_images.shape == (1, 1, 8, 16, 16)
     assert data.examples == 3 and len(data.validation) == 1 and len(data.test) == 1
+
+
+def test_a_site_without_unlabelled_volumes_has_an_empty_stack(tmp_path):
+    good = item(tmp_path)
+    data = load_site(Site("client_1", tmp_path, (good,), (), (), ()), SMALL)
+    assert data.unlabelled_images.shape == (0, 1, 8, 16, 16) and data.examples == 1
+    assert data.labelled_classes == (1, 2, 3) and data.validation == data.test == []
+
+
+def test_infinite_voxels_and_single_slices_are_refused_and_a_last_axis_of_one_is_not(tmp_path):
+    image = np.random.default_rng(0).random((8, 16, 16)).astype(np.float32)
+    assert load_case(item(tmp_path, image=image[..., None]), SMALL).image.shape == (1, 8, 16, 16)
+    image[0, 0, 0] = np.inf
+    with pytest.raises(VolumeError, match="1 voxels are NaN or infinite"):
+        load_case(item(tmp_path, image=image), SMALL)
+    with pytest.raises(VolumeError, match=r"shape \(8, 16, 1\) is not a 3D volume"):
+        load_case(item(tmp_path, image=np.ones((8, 16, 1), np.float32)), SMALL)
