@@ -1,7 +1,8 @@
 # The course in three commands: `make run`, `make test`, `make lab`. Only Python 3.11+ and make are needed.
 
-# The same number of threads everywhere (here, tests/conftest.py, the kernels): digits of a training depend on it.
-export OMP_NUM_THREADS ?= 2
+# One thread a client, as many clients side by side as there are cores. The same number of threads everywhere (here,
+# tests/conftest.py, the kernels): digits of a training depend on it, and with one they do not depend on the cores.
+export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONUNBUFFERED = 1

@@ -203,3 +203,14 @@ def test_a_state_keeps_its_float_type() -> None:
     exact = {k: v.double() for k, v in networks.build_network(TINY, 1).state_dict().items()}
     networks.load_state(network, exact)
     assert network(volumes(TINY).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"), [(QUICK, "body.model.2.conv.bias"), (VNET, "body.out_tr.conv2.bias")], ids=["unet", "vnet"]
+)
+def test_a_new_network_expects_classes_as_often_as_they_are(settings: Settings, last: str) -> None:
+    network = networks.build_network(settings, 3).eval()
+    assert network.state_dict()[last].softmax(dim=0).tolist() == pytest.approx(networks.CLASS_FREQUENCY)
+    with torch.inference_mode():
+        seen = network(volumes(settings)).softmax(dim=1).mean(dim=(0, 2, 3, 4))
+    assert seen[0] > 0.8  # untrained, it already calls most of a volume background
