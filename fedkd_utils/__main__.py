@@ -16,7 +16,7 @@ def _course(arguments: argparse.Namespace) -> None:
 
     page = publish.run_course(PROJECT / "notebooks", PROJECT / "build" / "course")
     print("\nComparison on the test volumes (quick profile, seed 0; every digit has the spread of one seed):\n")
-    _compare(argparse.Namespace(profile="quick", setting=[SETTINGS_OF_CLIENTS[0]], row=None, seed=[0]))
+    _compare(argparse.Namespace(profile="quick", setting=SETTINGS_OF_CLIENTS, row=None, seed=[0]))
     print(f"\nRead the course in a browser: {page}")
 
 
@@ -85,10 +85,21 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts
+    from fedkd_utils import cohorts, figures, transforms
 
-    cohorts.write_demonstration(PROJECT / "data" / "demo")
-    print(PROJECT / "data" / "demo")
+    folder = PROJECT / "data" / "demo"
+    cohorts.write_demonstration(folder)
+    volumes, spacings = {}, {}
+    for name, scanner in cohorts.DEMONSTRATION.items():
+        pair = [
+            transforms.to_ras(*transforms.read_volume(folder / f"{kind}_{name}.nii.gz")) for kind in ("knee", "label")
+        ]
+        title = cohorts.SCANNERS[scanner].title.replace(", ", ",\n")
+        volumes[title] = (pair[0][0], pair[1][0])
+        spacings[title] = transforms.voxel_sizes_mm(pair[0][1])
+    figure, alt = figures.side_by_side(volumes, spacings)
+    figure.savefig(folder / "knees.png", dpi=90, bbox_inches="tight", metadata={"Software": None})
+    print(f"{folder}\nknees.png: {alt.replace(chr(10), chr(32))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="teacher trained on DESS, or on random contrasts (default: any)",
     )
     sub.add_argument("--preview", type=Path, help="also write a picture (PNG)")
-    command("demo", _demo, "write data/demo again")
+    command("demo", _demo, "write data/demo again, with the picture of the README")
     return parser
 
 

@@ -106,12 +106,15 @@ def run_row(
         network = _teacher(settings, setting, root, show_progress)
     inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
     folder = base / "runs" / _folder_name(settings.name, setting, row, seed, inputs)
+    label = f"{method.title}, {setting}"
     stored = _stored(folder, inputs)
     if stored is not None:
+        with progress_bar(1, label) if show_progress else nullcontext(_silent) as advance:
+            advance(1, "read from its file")
         return stored
     data = list(sites) if sites is not None else load_clients(cohort, settings)
     total = total_progress(settings, row, data, teacher_update) + len(data)
-    with progress_bar(total, f"{method.title}, {setting}") if show_progress else nullcontext(_silent) as advance:
+    with progress_bar(total, label) if show_progress else nullcontext(_silent) as advance:
         outcome = run_federation(
             settings,
             row,

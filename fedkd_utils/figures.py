@@ -338,7 +338,7 @@ def bars_of_bytes(ledger: pd.DataFrame) -> Drawn:
         )
         base += height
     axes[0, 0].set(xlabel="round", ylabel="MB of all clients", title="What travels")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(sums.columns), frameon=False)
     totals = "; ".join(f"{kind} {total / 1e6:.1f} MB" for kind, total in sums.sum().items())
     return (
         figure,
