@@ -51,13 +51,13 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts, experiments
-    from fedkd_utils.methods import ROWS
+    from fedkd_utils.methods import COURSE_ROWS
 
     settings = PROFILES[arguments.profile]
     results = []
     for setting in arguments.setting:
         sites = experiments.load_clients(cohorts.make_cohort(settings, setting), settings)
-        for row in arguments.row or list(ROWS):
+        for row in arguments.row or COURSE_ROWS:
             for seed in arguments.seed:
                 results.append(experiments.run_row(row, setting, seed, settings, sites=sites))
     table = experiments.comparison_table(results)
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "run rows of the comparison and print the table (what is done is not redone)")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=[SETTINGS_OF_CLIENTS[0]])
-    sub.add_argument("--row", nargs="+", help="default: all")
+    sub.add_argument("--row", nargs="+", help="default: those of the course")
     sub.add_argument("--seed", type=int, nargs="+", default=[0])
     sub = command("segment", _segment, "segment a knee of your own (NIfTI, any orientation and spacing)")
     profile(sub)

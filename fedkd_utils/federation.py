@@ -216,7 +216,9 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
         teacher = build_network(settings, 0).eval().requires_grad_(False)
         load_state(teacher, run.teacher, "The teacher")
         if plan.teacher_update.kind != "release" and (moves or not signals):
-            signals, looking = _look(plan, teacher)
+            signals, seconds = _look(plan, teacher)
+            if moves or not run.finished:  # else it was looked at before a kill, and counted then
+                looking = seconds
 
     def train(site: SiteData, report: Progress) -> Update:
         return client_update(

@@ -23,7 +23,7 @@ from fedkd_utils.objectives import (
 )
 from fedkd_utils.settings import Settings
 
-__all__ = ["ROWS", "Batch", "Method", "Objective", "dual_distillation", "supervised"]
+__all__ = ["COURSE_ROWS", "ROWS", "Batch", "Method", "Objective", "dual_distillation", "supervised"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ _RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
 #: Ours: a response that a student feels, at full weight from the first step because the teacher is frozen and ready.
 _STRONG = {"response_loss": "cross_entropy_dice", "response_weight": 1.0, "response_ramp": 0.0}
 _CONTRAST = {"teacher_contrast": "random"}
+
+#: The rows that the notebooks build up, and that ``make run`` compares.
+COURSE_ROWS = ("teacher_only", "local_only", "fedavg", "dual_kd")
 
 #: The rows of the comparison, by name, in the order of every table.
 ROWS: dict[str, Method] = {
