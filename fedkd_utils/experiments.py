@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedkd_utils import cohorts, transforms
 from fedkd_utils.federation import FEDERATION_CODE, FederationResult, run_federation, total_progress
-from fedkd_utils.methods import ROWS
+from fedkd_utils.methods import ROWS, Method
 from fedkd_utils.networks import (
     CheckpointError,
     State,
@@ -30,8 +32,8 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
-from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_for
-from fedkd_utils.training import Progress, evaluate_cases, progress_bar
+from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
+from fedkd_utils.training import Progress, TrainingError, evaluate_cases, progress_bar
 from fedkd_utils.transforms import SiteData
 
 _CODE = (*FEDERATION_CODE, "experiments")
@@ -127,6 +129,7 @@ def run_row(
     sites: Sequence[SiteData] | None = None,
     workers: int | None = None,
     show_progress: bool = True,
+    keep: bool = True,
 ) -> Result:
     """Run a row once and keep it: the next call with the same inputs reads the result file.
 
@@ -138,26 +141,21 @@ def run_row(
         on_disk: settings of a larger cohort, of which each client uses what ``settings`` says (:func:`few`).
         sites: the clients in memory (:func:`load_clients`), to load them once for many rows.
         show_progress: a bar in Jupyter or on a terminal.
+        keep: leave result and models in the cache; else only the result is returned, and nothing is left.
 
     Raises:
         ValueError: an unknown row.
     """
-    if row not in ROWS:
-        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
-    method, base = ROWS[row], root or cache_folder()
-    settings = method.adapt(settings)
-    cohort = few(cohorts.make_cohort(on_disk or settings, setting, root=root), settings)
-    if method.pooled:  # all steps of all clients, one after the other
-        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
-    teacher = _teacher(settings, setting, root, show_progress) if method.needs_teacher else None
-    network = teacher.network if teacher is not None else None
+    ready = _ready(row, setting, settings, root, on_disk, show_progress)
+    method, settings, cohort, base = ready.method, ready.settings, ready.cohort, root or cache_folder()
+    network, teacher = ready.network, ready.teacher
     inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
     folder = base / "runs" / _folder_name(settings.name, setting, row, seed, inputs)
     stored = _stored(folder, inputs)
     if stored is not None:
         return stored
     data = list(sites) if sites is not None else load_clients(cohort, settings)
-    trained = [pooled_site(cohort, settings)] if method.pooled else data
+    trained = _trained_on(ready, data)
     total = total_progress(settings, row, trained, teacher_update) + len(data)
     with progress_bar(total, f"{method.title}, {setting}") if show_progress else nullcontext(_silent) as advance:
         outcome = run_federation(
@@ -192,10 +190,69 @@ def run_row(
         steps=outcome.steps,
         teacher={"seconds": teacher.seconds, "validation": teacher.best_dice} if teacher is not None else {},
     )
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        return result
     _save_models(folder / "model.safetensors", outcome, inputs)
     write_atomically(folder / "result.json", result_json(result))
     (folder / "round.safetensors").unlink(missing_ok=True)
     return result
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What a run of a row needs before any volume is loaded."""
+
+    method: Method
+    settings: Settings  # those of the row
+    cohort: cohorts.Cohort
+    teacher: Teacher | None
+
+    @property
+    def network(self) -> TappedNetwork | None:
+        return self.teacher.network if self.teacher is not None else None
+
+
+def _ready(
+    row: str, setting: str, settings: Settings, root: Path | None, on_disk: Settings | None, show_progress: bool
+) -> _Ready:
+    if row not in ROWS:
+        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
+    method = ROWS[row]
+    settings = method.adapt(settings)
+    cohort = few(cohorts.make_cohort(on_disk or settings, setting, root=root), settings)
+    if method.pooled:  # all steps of all clients, one after the other
+        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
+    teacher = _teacher(settings, root, show_progress) if method.needs_teacher else None
+    return _Ready(method, settings, cohort, teacher)
+
+
+def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
+    return [pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+
+
+def validated(
+    row: str,
+    setting: str,
+    seed: int,
+    settings: Settings,
+    root: Path | None = None,
+    *,
+    sites: Sequence[SiteData] | None = None,
+    workers: int | None = None,
+) -> float:
+    """The mean validation Dice of a row after its best round; no test volume is looked at. Nothing is kept.
+
+    It chooses learning rates. A loss that is no longer finite counts as NaN.
+    """
+    ready = _ready(row, setting, settings, root, None, False)
+    data = list(sites) if sites is not None else load_clients(ready.cohort, ready.settings)
+    try:
+        outcome = run_federation(ready.settings, row, _trained_on(ready, data), ready.network, seed, workers=workers)
+    except (TrainingError, CheckpointError):
+        return float("nan")
+    history = outcome.history.set_index(["client", "round"])["validation"]
+    return float(np.mean([history[client, chosen] for client, chosen in outcome.best_round.items()]))
 
 
 def _silent(steps: int, note: str) -> None:
@@ -208,10 +265,11 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
     return replace(outcome, models=dict.fromkeys(names, model), best_round=dict.fromkeys(names, best_round))
 
 
-def _teacher(settings: Settings, setting: str, root: Path | None, show_progress: bool) -> Teacher:
+def _teacher(settings: Settings, root: Path | None, show_progress: bool) -> Teacher:
     """The course's one teacher (seed 0): runs of several seeds differ in the students, not in the teacher."""
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
-        return teacher_for(settings, setting, 0, root, advance)
+        repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+        return teacher_on(repository, settings, 0, root, advance)
 
 
 def _inputs(
