@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-import torch
 
 from fedkd_utils import transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE, Run, fingerprint, resume, save_run
@@ -38,6 +32,7 @@ from fedkd_utils.networks import (
     copy_state,
     load_state,
 )
+from fedkd_utils.parallel import side_by_side
 from fedkd_utils.seeds import seed_of
 from fedkd_utils.server import Ledger, aggregate, group_step, server_step, weighted_mean
 from fedkd_utils.settings import Settings
@@ -69,8 +64,6 @@ __all__ = [
     "total_progress",
 ]
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class FederationResult:
@@ -88,11 +81,6 @@ class FederationResult:
     def validation_by_round(self) -> pd.Series:
         """Mean validation Dice over the clients, by round."""
         return self.history.groupby("round")["validation"].mean()
-
-
-def default_workers() -> int:
-    """How many clients train side by side: as many as the cores hold with torch's threads for each."""
-    return max((os.cpu_count() or 1) // torch.get_num_threads(), 1)
 
 
 def total_progress(
@@ -237,7 +225,7 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
             progress=report,
         )
 
-    updates = _side_by_side(train, plan.sites, plan.workers, plan.advance)
+    updates = side_by_side(train, plan.sites, plan.workers, plan.advance)
     _collect(plan, run, updates, number)
     _validate(plan, run, updates, looking, number)
     run.finished = number
@@ -251,7 +239,7 @@ def _look(plan: _Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals
         start = time.perf_counter()
         return signals_for(teacher, site, plan.settings, plan.seed, report), time.perf_counter() - start
 
-    looked = _side_by_side(look, plan.sites, plan.workers, plan.advance)
+    looked = side_by_side(look, plan.sites, plan.workers, plan.advance)
     by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
     return {name: said for name, (said, _) in by_client.items()}, {name: s for name, (_, s) in by_client.items()}
 
@@ -370,50 +358,3 @@ def _use_teacher(
         cpu_seconds=time.process_time() - cpu,
         steps=0,
     )
-
-
-class _Stopped(Exception):
-    """Ends a client's thread when another one, or the caller, failed."""
-
-
-def _side_by_side(
-    work: Callable[[SiteData, Progress], T], sites: Sequence[SiteData], workers: int | None, advance: Progress
-) -> list[T]:
-    """Work on every site in threads, results in the order of the sites; progress goes to the calling thread.
-
-    When one fails, or the caller is interrupted, the others stop at their next step, and the first error in the
-    order of the sites is raised.
-    """
-    count = min(default_workers() if workers is None else workers, len(sites))
-    if count <= 1:
-        return [work(site, advance) for site in sites]
-    notes: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-    stop = threading.Event()
-
-    def report(steps: int, note: str) -> None:
-        if stop.is_set():
-            raise _Stopped
-        notes.put((steps, note))
-
-    def start(site: SiteData) -> T:
-        report(0, "")
-        return work(site, report)
-
-    with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(start, site) for site in sites]
-        for future in futures:
-            future.add_done_callback(lambda done: notes.put((0, "")))
-        try:
-            while not all(future.done() for future in futures) or not notes.empty():
-                steps, note = notes.get()
-                if steps:
-                    advance(steps, note)
-                if any(future.done() and future.exception() is not None for future in futures):
-                    break
-        finally:
-            stop.set()  # after the loop nobody runs, or somebody failed
-    errors = [future.exception() for future in futures]
-    real = [error for error in errors if error is not None and not isinstance(error, _Stopped)]
-    if real:
-        raise real[0]
-    return [future.result() for future in futures]
