@@ -42,9 +42,9 @@ test: setup  ## lint, types, unit tests, then every notebook strictly against it
 lab: setup  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-results: setup  ## hours: tune every row, run every grid of the reference profile into data/results, print the differences
+results: setup  ## days: tune every row, run every grid of the reference profile, print the differences; stop any time
 	@$(BIN)/python -m fedkd_utils tune --profile reference
-	@$(BIN)/python -m fedkd_utils run --profile reference --grid all
+	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
 	@$(BIN)/python -m fedkd_utils results --profile reference
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them

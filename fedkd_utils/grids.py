@@ -95,7 +95,7 @@ def _weights(profile: Settings) -> list[Point]:
         (("response_weight", 1.0), ("response_ramp", 0.0)),
         (("response_weight", 1.0), ("response_loss", "cross_entropy_dice")),
     ]
-    return _points(["dual_kd"], BOTH, variants)
+    return _points(["dual_kd"], (NEAR,), variants)
 
 
 def _temperature(profile: Settings) -> list[Point]:

@@ -17,10 +17,11 @@ from fedkd_utils import cohorts, experiments, grids, records, statistics
 from fedkd_utils.federation import FEDERATION_CODE
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
-from fedkd_utils.networks import write_atomically
+from fedkd_utils.networks import CheckpointError, write_atomically
 from fedkd_utils.provenance import code_hash, versions
 from fedkd_utils.records import Record
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
+from fedkd_utils.training import TrainingError
 from fedkd_utils.transforms import SiteData
 
 #: The one grid of learning rates for every row, and the seed and the part of the rounds with which it is searched.
@@ -32,6 +33,10 @@ TUNING_PART = 3
 REFERENCE_ROW = "dual_kd"
 
 Say = Callable[[str], None]
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)  # into a log file at once
 
 
 @dataclass(frozen=True)
@@ -94,11 +99,12 @@ def run_points(
     *,
     again: bool = False,
     workers: int | None = None,
-    say: Say = print,
+    say: Say = _print,
 ) -> Standing:
     """Run what has no file yet, one file each; returns where it stands afterwards.
 
-    A point that is stopped goes on where it was: its checkpoint stays in the cache. Stale results are reported, and
+    A point that is stopped goes on where it was: its checkpoint stays in the cache. One whose loss is no longer finite
+    is reported, and the others go on. Stale results are reported, and
     made again only with ``again``; damaged ones are always made again.
 
     Args:
@@ -122,18 +128,22 @@ def run_points(
         if loaded is None or loaded[0] != key:
             cohort = experiments.few(cohorts.make_cohort(disk, point.setting, root=root), settings)
             loaded = (key, experiments.load_clients(cohort, settings))
-        result = experiments.run_row(
-            point.row,
-            point.setting,
-            point.seed,
-            settings,
-            root,
-            teacher_update=point.teacher_update,
-            on_disk=disk,
-            sites=loaded[1],
-            workers=workers,
-            keep=False,
-        )
+        try:
+            result = experiments.run_row(
+                point.row,
+                point.setting,
+                point.seed,
+                settings,
+                root,
+                teacher_update=point.teacher_update,
+                on_disk=disk,
+                sites=loaded[1],
+                workers=workers,
+                keep=False,
+            )
+        except (TrainingError, CheckpointError) as error:
+            say(f"[{index + 1}/{len(todo)}] {point.name} has no result: {error}")
+            continue
         elapsed = max(time.perf_counter() - start, result.wall_seconds)  # of all sittings, where there were several
         command = f"python -m fedkd_utils run --profile {profile.name} --only {point.name}"
         made = records.record(result, point, profile, command, elapsed, workers)
@@ -181,7 +191,7 @@ def tune(
     *,
     settings: Sequence[str] = SETTINGS_OF_CLIENTS,
     workers: int | None = None,
-    say: Say = print,
+    say: Say = _print,
 ) -> dict[str, float]:
     """Choose each row's learning rate by validation Dice, mean over settings, from :data:`LEARNING_RATES`.
 

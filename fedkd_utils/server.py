@@ -73,7 +73,7 @@ def server_step(global_state: Mapping[str, Tensor], updates: Sequence[Update]) -
 def random_groups(names: Sequence[str], seed: int, round_number: int) -> list[list[str]]:
     """Clients in random groups of two, or three when their number is odd; new ones in every round.
 
-    For group averaging (Zhang et al., arXiv 2008.11364, section 4): fewer models in one average differ less. Three
+    For group averaging (Zhang et al., arXiv 2008.11364): fewer models in one average differ less. Three
     clients or fewer are one group, which is FedAvg.
     """
     ordered = sorted(names)

@@ -2,9 +2,9 @@
 
 Every row is run with the same seeds on the same test subjects, so differences are paired by both. Seeds and subjects
 are crossed: the same subjects are scanned in every seed. A resample therefore draws seeds, then subjects, once for all
-drawn seeds (Owen, Annals of Applied Statistics 2007, arXiv 0711.1083); drawing subjects anew for every seed would count
-one difficult knee as often as there are seeds. Intervals are percentiles. With five seeds they are a little too narrow
-in what concerns seeds: read an end close to zero as undecided.
+drawn seeds (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007); drawing subjects anew for every
+seed would count one difficult knee as often as there are seeds. Intervals are percentiles. With five seeds they are a
+little too narrow in what concerns seeds: read an end close to zero as undecided.
 """
 
 from __future__ import annotations

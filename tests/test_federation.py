@@ -19,6 +19,7 @@ from fedkd_utils import clients, federation, losses, networks, server, teacher, 
 from fedkd_utils.federation import FederationError, FederationResult, Update
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import CheckpointError, State
+from fedkd_utils.provenance import state_hash
 from fedkd_utils.seeds import seed_of
 from fedkd_utils.settings import QUICK
 from fedkd_utils.teacher import TeacherUpdate
@@ -245,10 +246,12 @@ def test_batch_statistics_are_averaged_and_counters_copied() -> None:
 # --- rounds -----------------------------------------------------------------------------------------------------
 
 
-def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients() -> None:
-    one = run(workers=1)
-    assert same(one, run(sites=SITES[::-1], workers=3)) and same(one, undisturbed())
-    assert not same(one, federation.run_federation(TINY, "dual_kd", SITES, TEACHER, 1))
+@pytest.mark.parametrize("row", ["dual_kd", "uamt", "fedbn", "ssfl_published", "combined_kd"])
+def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients(row: str) -> None:
+    four = [*SITES, site("west", 4)]
+    one = run(row, sites=four, workers=1)
+    assert same(one, run(row, sites=four[::-1], workers=3)) and same(one, run(row, sites=four))
+    assert not same(one, federation.run_federation(TINY, row, four, TEACHER, 1))
 
 
 def test_the_frozen_teacher_is_never_changed() -> None:
@@ -336,6 +339,43 @@ def updated(row: str, settings: Any = TINY, number: int = 1, **more: Any) -> Upd
     local = clients.local_names(method, networks.build_student(own, 0))
     start = {name: tensor for name, tensor in start.items() if name not in local}
     return clients.client_update(start, SITES[0], method, settings, number, 0, teacher=TEACHER, **more)
+
+
+TRAINED = [row for row, method in ROWS.items() if method.objective is not None]
+
+
+def test_every_row_sees_the_same_volumes_in_the_same_order_from_the_same_start() -> None:
+    """Fair play: labelled batches, the seeds of their augmentation, and the weights at the start."""
+    seen: dict[str, list[str]] = {}
+
+    def watch(row: str) -> Any:
+        def augment(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> Any:
+            seen.setdefault(row, []).append(state_hash({"x": images, "y": labels, "g": generator.get_state()}))
+            return images, labels
+
+        return augment
+
+    for row in TRAINED:
+        updated(row, augmentation=watch(row))
+    assert all(lines == seen["fedavg"] and len(lines) == 4 for lines in seen.values()) and set(seen) == set(TRAINED)
+    plain = federation._begin(TINY, ROWS["fedavg"], SITES, TEACHER, 0).students[""]
+    for row in TRAINED:
+        settings_ = ROWS[row].adapt(TINY)
+        first = next(iter(federation._begin(settings_, ROWS[row], SITES, TEACHER, 0).students.values()))
+        if ROWS[row].starts_at_teacher:
+            assert equal(first, networks.copy_state(TEACHER))
+        elif settings_.student_shrink == 1:
+            assert all(torch.equal(first[name], tensor) for name, tensor in plain.items()), row
+
+
+@pytest.mark.parametrize("row", TRAINED)
+def test_no_row_draws_from_the_state_that_was_left_behind(row: str) -> None:
+    torch.manual_seed(1)
+    one = updated(row)
+    torch.manual_seed(2)
+    torch.rand(7)
+    other = updated(row)
+    assert equal(one.state, other.state) and equal(one.kept, other.kept)
 
 
 def test_the_limiting_cases_of_every_row_are_fedavg_bit_by_bit() -> None:

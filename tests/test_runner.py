@@ -131,8 +131,8 @@ def test_a_file_holds_the_numbers_of_the_run_and_where_they_come_from(cache: Pat
     a, b = record.test_frame(), full.test_frame()
     assert len(a) == len(b) == 2 * 2 * 3 * 2 and list(a["case"]) == list(b["case"])
     for column in ("dice", "hd95_mm", "truth_ml"):
-        assert np.allclose(a[column], b[column], rtol=1e-4, equal_nan=True)
-    assert np.allclose(record.history_frame()["validation"], full.history_frame()["validation"], rtol=1e-4)
+        assert np.allclose(a[column], b[column], rtol=6e-4, atol=1e-9, equal_nan=True)
+    assert np.allclose(record.history_frame()["validation"], full.history_frame()["validation"], rtol=6e-4)
     assert sum(line["bytes"] for line in record.messages) == full.bytes_down + full.bytes_up
     assert sum(line["messages"] for line in record.messages) == len(full.messages)
     sent = statistics.course_of(record)["mb"].iloc[-1]
@@ -202,6 +202,13 @@ def test_stale_results_are_reported_with_their_reasons_and_made_again_on_demand(
     assert runner.standing([point], other, tmp_path).stale[point] == ["the row is defined otherwise"]
     monkeypatch.setitem(ROWS, "fedavg", replace(ROWS["fedavg"], starts_at_teacher=False, title="Another title"))
     assert runner.standing([point], other, tmp_path).done
+
+
+def test_a_point_that_diverges_does_not_stop_the_others(cache: Path, tmp_path: Path) -> None:
+    wild = Point("fedavg", "paper_like", 0, (("learning_rate", 1e30),))
+    standing, said = go([wild, POINTS[0]], tmp_path, cache)
+    assert standing.missing == [wild] and list(standing.done) == [POINTS[0]]
+    assert said[1].startswith(f"[1/2] {wild.name} has no result: ") and "learning rate" in said[1]
 
 
 def test_a_damaged_file_is_made_again(cache: Path, tmp_path: Path) -> None:
