@@ -102,7 +102,7 @@ def test_the_issues_ablations_are_there() -> None:
     assert {1, 4, 8} <= values("local_epochs", "local_epochs") and values("mask", "teacher_passes") == {0}
     assert {p.teacher_update for p in grids.grid("teacher_updates", REFERENCE)} >= {
         RELEASE,
-        TeacherUpdate("hand_over", 4, 0.1),
+        TeacherUpdate("hand_over", REFERENCE.rounds // 3, 0.1),
     }
 
 
