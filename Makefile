@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks demo clean
+.PHONY: help setup run test lab results notebooks demo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -42,6 +42,11 @@ test: setup  ## lint, types, unit tests, then every notebook strictly against it
 
 lab: setup  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+results: setup  ## days: tune every row, run every grid of the reference profile, print the differences; stop any time
+	@$(BIN)/python -m fedkd_utils tune --profile reference
+	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
+	@$(BIN)/python -m fedkd_utils results --profile reference
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them
 	@$(BIN)/python -m fedkd_utils notebooks

@@ -51,17 +51,58 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts, experiments
-    from fedkd_utils.methods import ROWS
+    from fedkd_utils.methods import COURSE_ROWS
 
     settings = PROFILES[arguments.profile]
     results = []
     for setting in arguments.setting:
         sites = experiments.load_clients(cohorts.make_cohort(settings, setting), settings)
-        for row in arguments.row or list(ROWS):
+        for row in arguments.row or COURSE_ROWS:
             for seed in arguments.seed:
                 results.append(experiments.run_row(row, setting, seed, settings, sites=sites))
     table = experiments.comparison_table(results)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    points = runner.points_of(arguments.grid, settings, folder, arguments.seed)
+    points = [point for point in points if point.setting in arguments.setting]
+    points = runner.choose(points, arguments.only, _part(arguments.part))
+    if arguments.list:
+        for point in points:
+            print(point.name)
+        return
+    runner.run_points(points, settings, folder, again=arguments.again, workers=arguments.workers)
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, slash, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and slash):
+        raise ValueError(f"--part takes two numbers, as in 1/2, and not {text!r}.")
+    return int(k), int(n)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+    from fedkd_utils.methods import ROWS
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    rates = runner.tune(arguments.row or list(ROWS), settings, folder, workers=arguments.workers)
+    print("\n".join(f"{row:20s} {rate:g}" for row, rate in rates.items()))
+
+
+def _results(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import grids, runner
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    for name in grids.GRIDS:
+        print(runner.report(name, settings, folder, arguments.seed))
 
 
 def _segment(arguments: argparse.Namespace) -> None:
@@ -128,8 +169,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "run rows of the comparison and print the table (what is done is not redone)")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=[SETTINGS_OF_CLIENTS[0]])
-    sub.add_argument("--row", nargs="+", help="default: all")
+    sub.add_argument("--row", nargs="+", help="default: those of the course")
     sub.add_argument("--seed", type=int, nargs="+", default=[0])
+    sub = command("tune", _tune, "choose each row's learning rate on validation (what is done is not redone)")
+    profile(sub)
+    sub.add_argument("--row", nargs="+", help="default: all")
+    sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
+    sub = command("run", _run, "run a grid of rows, settings and seeds into data/results (what is done is not redone)")
+    profile(sub)
+    sub.add_argument("--grid", default="all", help="all, rows, beyond or an ablation; an unknown name lists them")
+    sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))
+    sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    sub.add_argument("--only", nargs="+", default=[], help="names of points, * for any text")
+    sub.add_argument("--part", default="1/1", help="1/2 and 2/2 for two processes that share the work")
+    sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
+    sub.add_argument("--again", action="store_true", help="make stale results again")
+    sub.add_argument("--list", action="store_true", help="only name the points")
+    sub = command("results", _results, "say what is done, stale and missing, and print the differences")
+    profile(sub)
+    sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     sub = command("segment", _segment, "segment a knee of your own (NIfTI, any orientation and spacing)")
     profile(sub)
     sub.add_argument("volume", type=Path)

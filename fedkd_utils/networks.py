@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +165,16 @@ def unet_strides(settings: Settings) -> tuple[tuple[int, int, int], ...]:
 
 
 def build_network(settings: Settings, seed: int) -> TappedNetwork:
-    """The network of a profile with initial weights from ``seed``.
+    """The network of a profile, that of the teacher, with initial weights from ``seed``.
 
     ``"unet"``: MONAI's UNet of ``settings.channels`` with instance normalisation and leaky rectifiers; at the
     first level it works at half the resolution in the plane. ``"vnet"``: the V-Net of the release, base width
-    4, 2.85 M parameters, batch normalisation.
+    4, 2.85 M parameters, batch normalisation. ``settings.normalisation`` puts another one in the place of its
+    own; the initial weights stay the same. Instance normalisation has neither parameters nor statistics here,
+    batch and group normalisation have a gain and a shift per channel, and batch normalisation also statistics.
 
     Raises:
-        ValueError: an architecture other than these two, or a grid it cannot halve often enough.
+        ValueError: an architecture or a normalisation of another name, or a grid it cannot halve often enough.
     """
     if settings.architecture == "unet":
         strides = unet_strides(settings)
@@ -209,12 +212,59 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
         raise ValueError(f"architecture must be 'unet' or 'vnet', not {settings.architecture!r}.")
     with torch.no_grad():
         last.bias.copy_(torch.tensor(CLASS_FREQUENCY).log())  # type: ignore[operator]
+    if settings.normalisation != "own":
+        _normalise_with(body, settings.normalisation)
     if any(size % stride for size, stride in zip(settings.grid_shape, network.strides, strict=True)):
         raise ValueError(
             f"The {settings.architecture} needs a grid whose sizes are multiples of {network.strides}, not "
             f"{settings.grid_shape}: change grid_shape in the settings."
         )
     return network
+
+
+_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
+
+def _normalise_with(body: nn.Module, kind: str) -> None:
+    """Replace every normalisation layer; groups hold 8 channels where that goes (Wu and He, arXiv 1803.08494)."""
+    layers: dict[str, Any] = {
+        "batch": nn.BatchNorm3d,
+        "instance": nn.InstanceNorm3d,
+        "group": lambda channels: nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels),
+    }
+    if kind not in layers:
+        raise ValueError(f"normalisation must be 'own', 'batch', 'group' or 'instance', not {kind!r}.")
+    for module in list(body.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, _NORMALISATIONS):
+                setattr(module, name, layers[kind](getattr(child, "num_features", 0) or child.num_channels))
+
+
+def normalisation_names(network: nn.Module) -> frozenset[str]:
+    """The names of all parameters and statistics of normalisation layers, as they stand in the state."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in network.named_modules()
+        if isinstance(module, _NORMALISATIONS)
+        for name in module.state_dict()
+    )
+
+
+def build_student(settings: Settings, seed: int) -> TappedNetwork:
+    """The student: the network of the profile, ``settings.student_shrink`` times narrower.
+
+    Raises:
+        ValueError: see :func:`build_network`; also a width that cannot be divided so.
+    """
+    shrink = settings.student_shrink
+    if shrink == 1:
+        return build_network(settings, seed)
+    if settings.architecture != "unet" or any(width % shrink for width in settings.channels):
+        raise ValueError(
+            f"student_shrink {shrink} does not divide the channels {settings.channels} of the "
+            f"{settings.architecture}: choose a divisor of all of them, and the UNet."
+        )
+    return build_network(replace(settings, channels=tuple(width // shrink for width in settings.channels)), seed)
 
 
 def model_summary(network: TappedNetwork, shape: tuple[int, int, int]) -> pd.DataFrame:
