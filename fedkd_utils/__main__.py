@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, cache_folder
+
+#: How much longer than the repository's teacher one of random contrasts is trained.
+ANY_CONTRAST = 3
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -109,12 +113,15 @@ def _segment(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts, networks, segment, teacher, training
 
     settings = PROFILES[arguments.profile]
+    segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
     if arguments.checkpoint:
         network = networks.build_network(settings, 0)
         state, _ = networks.load_checkpoint(arguments.checkpoint)
         networks.load_state(network, state, str(arguments.checkpoint))
     else:
-        scanner = "random" if arguments.contrast == "any" else "repository_dess"
+        scanner = "repository_dess"
+        if arguments.contrast == "any":  # every contrast at once takes longer to learn
+            scanner, settings = "random", replace(settings, teacher_steps=ANY_CONTRAST * settings.teacher_steps)
         site = cohorts.make_repository(settings, scanner)
         with training.progress_bar(settings.teacher_steps, "teacher") as advance:
             network = teacher.teacher_on(site, settings, progress=advance).network
