@@ -54,15 +54,16 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, experiments
+    from fedkd_utils import cohorts, experiments, shares
     from fedkd_utils.methods import COURSE_ROWS
 
     settings = PROFILES[arguments.profile]
     results = []
     for setting in arguments.setting:
-        sites = experiments.load_clients(cohorts.make_cohort(settings, setting), settings)
-        for row in arguments.row or COURSE_ROWS:
-            for seed in arguments.seed:
+        cohort = cohorts.make_cohort(settings, setting)
+        for seed in arguments.seed:
+            sites = experiments.load_clients(shares.share(cohort, settings, seed), settings)
+            for row in arguments.row or COURSE_ROWS:
                 results.append(experiments.run_row(row, setting, seed, settings, sites=sites))
     table = experiments.comparison_table(results)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
@@ -199,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     profile(sub)
     sub.add_argument("volume", type=Path)
     sub.add_argument("--out", type=Path, help="the label to write (default: beside you, named after the volume)")
-    sub.add_argument("--checkpoint", type=Path, help="a safetensors file (default: the course's teacher)")
+    sub.add_argument("--checkpoint", type=Path, help="a safetensors file (default: see --contrast)")
     sub.add_argument(
         "--contrast",
         choices=["dess", "any"],

@@ -11,7 +11,7 @@ Relaxation times at 3 T: cartilage, muscle, synovial fluid, fat and marrow fat f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import nibabel as nib
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedkd_utils import anatomy
 from fedkd_utils.anatomy import LABEL_OF_TISSUE, Knee, Pose, draw_knee, tissue_map
+from fedkd_utils.recontrast import recontrast
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,7 @@ class Scanner:
     bias: float = 0.25  # strength of the coil's bias field (natural log units)
     k_space: float = 0.85  # share of the in-plane k-space that is acquired; the rest is zero-filled
     orientation: str = "RAS"  # axis codes of the stored array
+    recontrasted: bool = False  # every image gets a contrast of its own afterwards (see recontrast.py)
 
 
 def _clinic(name: str, title: str, sequence: Sequence, **more: object) -> Scanner:
@@ -230,6 +232,17 @@ SCANNERS: dict[str, Scanner] = {
             0.04,
             0.3,
             0.85,
+        ),
+        Scanner(
+            "recontrasted",
+            "3D DESS with a new contrast for every scan, from image and label alone",
+            DESS,
+            (40, 96, 96),
+            (2.0, 1.0, 1.0),
+            0.03,
+            0.2,
+            0.95,
+            recontrasted=True,
         ),
     )
 }
@@ -391,4 +404,8 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
 
 def scan(subject_seed: int, scanner: Scanner, scan_seed: int) -> Scan:
     """Draw a subject's knee and scan it: see :func:`anatomy.draw_knee` and :func:`scan_knee`."""
-    return scan_knee(draw_knee(subject_seed), scanner, scan_seed)
+    made = scan_knee(draw_knee(subject_seed), scanner, scan_seed)
+    if not scanner.recontrasted:
+        return made
+    rng = np.random.default_rng([0x52454354, subject_seed, scan_seed])
+    return replace(made, image=recontrast(made.image, made.label, rng))

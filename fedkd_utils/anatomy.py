@@ -9,7 +9,7 @@ Frame of the anatomy (a right knee): x medial -> lateral, y posterior -> anterio
 the origin on the joint line. In the RAS frame of a file that is x to the right, y to the front, z up. A left knee is
 the mirror image.
 
-Sizes are calibrated against manual label maps: see ``tests/test_anatomy.py`` and the ranges in :data:`LITERATURE`.
+Sizes are calibrated against manual label maps: see ``calibration.py``.
 """
 
 from __future__ import annotations
@@ -56,21 +56,6 @@ TISSUES = (
 
 #: Label value (0 background, 1 femoral, 2 tibial, 3 patellar cartilage) of every tissue code.
 LABEL_OF_TISSUE = np.array([0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 0, 0, 0], dtype=np.uint8)
-
-#: What manual label maps of real knees say. ``mean_ml`` and ``range_ml``: volumes over 68 knees (the range is known for
-#: the femur only). ``one_knee_ml`` and ``extent_mm`` (LR, AP, SI): one right knee. ``thickness_mm``: 10th and 90th
-#: percentile of the local thickness.
-LITERATURE: dict[str, dict[str, tuple[float, ...]]] = {
-    "femoral": {
-        "mean_ml": (11.9,),
-        "range_ml": (7.5, 20.9),
-        "one_knee_ml": (11.9,),
-        "extent_mm": (71, 65, 42),
-        "thickness_mm": (1.5, 3.0),
-    },
-    "tibial": {"mean_ml": (4.4,), "one_knee_ml": (3.8,), "extent_mm": (71, 41, 10), "thickness_mm": (1.5, 4.0)},
-    "patellar": {"mean_ml": (2.8,), "one_knee_ml": (1.2,), "extent_mm": (39, 13, 31), "thickness_mm": (1.5, 5.0)},
-}
 
 LATTICE_MM = 2.0
 

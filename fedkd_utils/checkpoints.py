@@ -34,6 +34,7 @@ FEDERATION_CODE = (
     "clients",
     "server",
     "federation",
+    "shares",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -56,7 +57,7 @@ class Update:
     client: str
     state: State
     n_examples: int  # n_k, labelled + unlabelled volumes
-    metrics: dict[str, float]  # means over the round's steps, seconds, data_seconds, steps
+    metrics: dict[str, float]  # means over the round's steps, seconds, data_seconds, cpu_seconds (of all), steps
     teacher_state: State | None = None  # only when the teacher travels too (the released code)
     kept: State = field(default_factory=dict)  # what the client keeps for its next round; it never travels
 
@@ -93,7 +94,8 @@ def signals_for(
 ) -> TeacherSignals:
     """The teacher's signals on a client's unlabelled volumes, with one seed per run, client and volume."""
     seeds = [seed_of(seed, "signals", site.name, index) for index in range(len(site.unlabelled_images))]
-    signals = teacher_signals(teacher, site.unlabelled_images, settings.teacher_passes, seeds, progress)
+    passes = settings.teacher_passes if settings.response_weight else 0  # else nobody asks how sure it is
+    signals = teacher_signals(teacher, site.unlabelled_images, passes, seeds, progress)
     return replace(signals, trust=agreement(teacher, site.labelled_images, site.labels, site.labelled_classes))
 
 
@@ -158,6 +160,7 @@ def client_update(
         FederationError: the client lacks volumes, or a teacher, that the method needs.
         TrainingError: the loss is no longer finite.
     """
+    started = time.thread_time()
     check_site(site, method)
     if method.objective is None:
         raise FederationError(f"{method.title!r} has no local training.")
@@ -234,7 +237,12 @@ def client_update(
             load_state(moved, teacher_state)
             signals = signals_for(moved, site, settings, seed)
     parts = {name: float(np.mean([step[name] for step in log.steps])) for name in log.steps[0] if name != "step"}
-    times = {"seconds": log.seconds, "data_seconds": log.data_seconds, "steps": float(len(log.steps))}
+    times = {
+        "seconds": log.seconds,
+        "data_seconds": log.data_seconds,
+        "cpu_seconds": time.thread_time() - started,
+        "steps": float(len(log.steps)),
+    }
     trained = copy_state(network)
     keeps = {f"own/{name}": tensor for name, tensor in trained.items() if name in local}
     if average is not None:

@@ -36,15 +36,15 @@ from tqdm import tqdm
 
 from fedkd_utils import acquisition
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
+from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, SETTINGS_OF_CLIENTS, Settings, cache_folder
 
 ScanFunction = Callable[[int, Scanner, int], Scan]
 Plan = dict[str, tuple[Scanner, dict[str, list[int]]]]  # site -> its scanner, split -> subjects
 
-#: The code that makes the files, as it was when this module was imported (a kernel may outlive an edit).
-_CODE = hashlib.sha256(
-    b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in ("anatomy", "acquisition", "cohorts"))
-).hexdigest()
+#: The modules that make the files; their hash as they were at import, since a kernel may outlive an edit.
+DATA_CODE = ("anatomy", "recontrast", "acquisition", "cohorts")
+_CODE = code_hash(DATA_CODE)
 
 #: The scanner of each client, in turn.
 CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
@@ -105,6 +105,19 @@ class _Order:
     label: str
 
 
+#: The settings that say how many volumes there are.
+_SIZES = (
+    *(f"repository_{split}" for split in ("training", "validation", "test")),
+    "clients",
+    *(f"client_{split}" for split in ("labelled", "unlabelled", "validation", "test")),
+)
+
+
+def sizes(settings: Settings) -> dict[str, int]:
+    """How many volumes a cohort has, by the name of the setting."""
+    return {name: getattr(settings, name) for name in _SIZES}
+
+
 def _subjects(settings: Settings, seed: int) -> dict[str, list[int]]:
     """Subject numbers of every split, by "repository/training", "client_1/test" and so on; no number twice."""
     counts = {
@@ -152,7 +165,8 @@ def make_repository(
 
     Args:
         settings: numbers of volumes.
-        scanner: "repository_dess", or "random" for the same subjects through a new random sequence each.
+        scanner: "repository_dess"; "random" for the same subjects through a new random sequence each; "recontrasted"
+            for the DESS images with a new random contrast each, made from image and label alone.
         seed: another seed, other subjects.
         root: where cohorts are kept; :func:`settings.cache_folder` when not given.
         workers: processes that make volumes side by side; 1 makes them in this one.
@@ -218,8 +232,9 @@ def make_cohort(
 
 
 def hidden_label(item: Item) -> Path:
-    """The truth of an unlabelled volume of a made cohort, for the pooled upper bound only."""
-    return item.image.parents[2] / "hidden" / "labelsTr" / item.image.name
+    """Where the truth of an unlabelled volume of a made cohort is: for :mod:`shares` only."""
+    own = item.image.parents[1] / "labelsTr" / item.image.name  # when the site did label it, and a run leaves it out
+    return own if own.is_file() else item.image.parents[2] / "hidden" / "labelsTr" / item.image.name
 
 
 # --- making ------------------------------------------------------------

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedkd_utils import cohorts, transforms
-from fedkd_utils.federation import FEDERATION_CODE, FederationResult, run_federation, total_progress
+from fedkd_utils import cohorts, shares, transforms
+from fedkd_utils.checkpoints import FEDERATION_CODE
+from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.methods import ROWS, Method
 from fedkd_utils.networks import (
     CheckpointError,
@@ -58,7 +59,7 @@ class Result:
     wall_seconds: float  # of training and validation; the teacher's and the test's are not in it
     cpu_seconds: float
     steps: int
-    teacher: dict[str, Any] = field(default_factory=dict)  # of the pretrained one: seconds, validation Dice; or empty
+    teacher: dict[str, Any] = field(default_factory=dict)  # the pretrained one: seconds, Dice, hash; or empty
 
     def history_frame(self) -> pd.DataFrame:
         """Per round and client: losses, validation Dice (mean and by cartilage), seconds."""
@@ -74,47 +75,6 @@ class Result:
 def load_clients(cohort: cohorts.Cohort, settings: Settings) -> list[SiteData]:
     """All clients of a cohort on the grid, in memory."""
     return [transforms.load_site(site, settings) for site in cohort.clients]
-
-
-def few(cohort: cohorts.Cohort, settings: Settings) -> cohorts.Cohort:
-    """The same cohort with the first ``client_labelled`` and ``client_unlabelled`` volumes of each client only.
-
-    So that numbers of volumes are compared on one cohort: the same volumes and more, the same test volumes.
-    """
-    kept = [
-        replace(
-            site,
-            training=site.training[: settings.client_labelled],
-            unlabelled=site.unlabelled[: settings.client_unlabelled],
-        )
-        for site in cohort.clients
-    ]
-    return replace(cohort, clients=tuple(kept))
-
-
-def pooled_site(cohort: cohorts.Cohort, settings: Settings) -> SiteData:
-    """One site that holds the volumes of all clients, with a label for every one of them, in memory.
-
-    For the upper bound only: it breaks both rules of the course, that volumes stay and that few are labelled.
-
-    Raises:
-        VolumeError: the truth of an unlabelled volume is not there, or clients label different classes.
-    """
-    labelled: list[cohorts.Item] = []
-    validation: list[cohorts.Item] = []
-    for site in cohort.clients:
-        hidden = [replace(item, label=cohorts.hidden_label(item)) for item in site.unlabelled]
-        missing = [item.label for item in hidden if item.label is not None and not item.label.is_file()]
-        if missing:
-            raise transforms.VolumeError(
-                f"{missing[0]}: no hidden truth, so nothing can be pooled. Leave the row out for a cohort of your own."
-            )
-        labelled += [*site.training, *hidden]
-        validation += site.validation
-    if len({item.labelled_classes for item in labelled}) > 1:
-        raise transforms.VolumeError("The clients label different classes: leave the pooled row out.")
-    together = cohorts.Site("pooled", cohort.clients[0].folder.parent, tuple(labelled), (), tuple(validation), ())
-    return transforms.load_site(together, settings)
 
 
 def run_row(
@@ -138,15 +98,15 @@ def run_row(
 
     Args:
         root: the cache folder, :func:`settings.cache_folder` when not given.
-        on_disk: settings of a larger cohort, of which each client uses what ``settings`` says (:func:`few`).
-        sites: the clients in memory (:func:`load_clients`), to load them once for many rows.
+        on_disk: settings of a larger cohort, of which each client uses what ``settings`` says (:func:`shares.share`).
+        sites: the clients of this seed in memory (:func:`load_clients`), to load them once for many rows.
         show_progress: a bar in Jupyter or on a terminal.
         keep: leave result and models in the cache; else only the result is returned, and nothing is left.
 
     Raises:
         ValueError: an unknown row.
     """
-    ready = _ready(row, setting, settings, root, on_disk, show_progress)
+    ready = _ready(row, setting, seed, settings, root, on_disk, show_progress)
     method, settings, cohort, base = ready.method, ready.settings, ready.cohort, root or cache_folder()
     network, teacher = ready.network, ready.teacher
     inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
@@ -191,7 +151,7 @@ def run_row(
         wall_seconds=outcome.seconds,
         cpu_seconds=outcome.cpu_seconds,
         steps=outcome.steps,
-        teacher={"seconds": teacher.seconds, "validation": teacher.best_dice} if teacher is not None else {},
+        teacher=_facts(teacher) if teacher is not None else {},
     )
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
@@ -200,6 +160,11 @@ def run_row(
     write_atomically(folder / "result.json", result_json(result))
     (folder / "round.safetensors").unlink(missing_ok=True)
     return result
+
+
+def _facts(teacher: Teacher) -> dict[str, Any]:
+    weights = state_hash(teacher.network.state_dict())
+    return {"seconds": teacher.seconds, "validation": teacher.best_dice, "weights_sha256": weights}
 
 
 @dataclass(frozen=True)
@@ -217,21 +182,27 @@ class _Ready:
 
 
 def _ready(
-    row: str, setting: str, settings: Settings, root: Path | None, on_disk: Settings | None, show_progress: bool
+    row: str,
+    setting: str,
+    seed: int,
+    settings: Settings,
+    root: Path | None,
+    on_disk: Settings | None,
+    show_progress: bool,
 ) -> _Ready:
     if row not in ROWS:
         raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
     method = ROWS[row]
     settings = method.adapt(settings)
-    cohort = few(cohorts.make_cohort(on_disk or settings, setting, root=root), settings)
+    cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, root=root), settings, seed)
     if method.pooled:  # all steps of all clients, one after the other
         settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
-    teacher = _teacher(settings, root, show_progress) if method.needs_teacher else None
+    teacher = _teacher(settings, seed, root, show_progress) if method.needs_teacher else None
     return _Ready(method, settings, cohort, teacher)
 
 
 def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
-    return [pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+    return [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
 
 
 def validated(
@@ -248,7 +219,7 @@ def validated(
 
     It chooses learning rates. A loss that is no longer finite counts as NaN.
     """
-    ready = _ready(row, setting, settings, root, None, False)
+    ready = _ready(row, setting, seed, settings, root, None, False)
     data = list(sites) if sites is not None else load_clients(ready.cohort, ready.settings)
     try:
         outcome = run_federation(ready.settings, row, _trained_on(ready, data), ready.network, seed, workers=workers)
@@ -268,11 +239,11 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
     return replace(outcome, models=dict.fromkeys(names, model), best_round=dict.fromkeys(names, best_round))
 
 
-def _teacher(settings: Settings, root: Path | None, show_progress: bool) -> Teacher:
-    """The course's one teacher (seed 0): runs of several seeds differ in the students, not in the teacher."""
+def _teacher(settings: Settings, seed: int, root: Path | None, show_progress: bool) -> Teacher:
+    """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches."""
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
         repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
-        return teacher_on(repository, settings, 0, root, advance)
+        return teacher_on(repository, settings, seed, root, advance)
 
 
 def _inputs(

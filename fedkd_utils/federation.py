@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from fedkd_utils import transforms
-from fedkd_utils.checkpoints import FEDERATION_CODE, Run, fingerprint, resume, save_run
+from fedkd_utils.checkpoints import Run, fingerprint, resume, save_run
 from fedkd_utils.clients import (
     FederationError,
     Update,
@@ -50,7 +50,6 @@ from fedkd_utils.training import (
 from fedkd_utils.transforms import Case, SiteData
 
 __all__ = [
-    "FEDERATION_CODE",
     "FederationError",
     "FederationResult",
     "Ledger",
@@ -233,11 +232,11 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
 
 
 def _look(plan: _Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals], dict[str, float]]:
-    """The teacher's signals for every client, and the seconds that each client spends on them."""
+    """The teacher's signals for every client, and the CPU seconds that each client spends on them."""
 
     def look(site: SiteData, report: Progress) -> tuple[TeacherSignals, float]:
-        start = time.perf_counter()
-        return signals_for(teacher, site, plan.settings, plan.seed, report), time.perf_counter() - start
+        start = time.thread_time()
+        return signals_for(teacher, site, plan.settings, plan.seed, report), time.thread_time() - start
 
     looked = side_by_side(look, plan.sites, plan.workers, plan.advance)
     by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
@@ -258,7 +257,7 @@ def _check_run(
     if not names or len(set(names)) < len(names):
         raise FederationError(f"A federation needs clients with names of their own, not {names}.")
     if method.pooled and len(sites) > 1:
-        raise FederationError(f"{method.title!r} trains on one site with everything: see experiments.pooled_site.")
+        raise FederationError(f"{method.title!r} trains on one site with everything: see shares.pooled_site.")
     for site in sites:
         check_site(site, method)
     if method.needs_teacher and teacher is None:
@@ -324,7 +323,7 @@ def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping
         load_state(network, plan.model(run, site))
         line = _scores(network, site.validation)
         own.append(line["validation"])
-        times = {"teacher_seconds": looking[site.name]} if plan.method.distils else {}
+        times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
         run.history.append({"round": number, "client": site.name, **line, **update.metrics, **times})
     together = float(np.mean(own))
     for site, alone in zip(plan.sites, own, strict=True):

@@ -94,6 +94,8 @@ def _weights(profile: Settings) -> list[Point]:
         *_one_by_one("response_loss", ("cross_entropy_dice",)),
         (("response_weight", 1.0), ("response_ramp", 0.0)),
         (("response_weight", 1.0), ("response_loss", "cross_entropy_dice")),
+        # As released: its means over batch and channels, in the units of our terms (see losses.release_*).
+        (("response_weight", 0.2), ("feature_weight", 1 / 128), ("mask_classes", 2)),
     ]
     return _points(["dual_kd"], (NEAR,), variants)
 
@@ -106,13 +108,13 @@ def _temperature(profile: Settings) -> list[Point]:
 def _labelled(profile: Settings) -> list[Point]:
     """1, 2, 4 and 8 labelled volumes a client, of one cohort that has 8."""
     variants = _one_by_one("client_labelled", (1, 2, 4, 8))
-    return _points(["fedavg", "finetune", "dual_kd"], (NEAR,), variants, (("client_labelled", 8),))
+    return _points(["fedavg", "finetune", "dual_kd", "combined_kd"], (NEAR,), variants, (("client_labelled", 8),))
 
 
 def _unlabelled(profile: Settings) -> list[Point]:
     """4, 8, 16 and 32 unlabelled volumes a client, of one cohort that has 32."""
     variants = _one_by_one("client_unlabelled", (4, 8, 16, 32))
-    return _points(["dual_kd"], (NEAR,), variants, (("client_unlabelled", 32),))
+    return _points(["fedsemi", "dual_kd", "strong_kd"], (NEAR,), variants, (("client_unlabelled", 32),))
 
 
 def _clients(profile: Settings) -> list[Point]:
@@ -145,14 +147,15 @@ def _teacher_quality(profile: Settings) -> list[Point]:
 
 
 def _distance(profile: Settings) -> list[Point]:
-    """A repository on the near clinics' own scanner (no distance), on T1, and with any contrast."""
-    variants = _one_by_one("teacher_contrast", ("pd_fs", "t1", "random"))
-    return _points(["teacher_only", "dual_kd"], BOTH, variants)
+    """A repository on the near clinics' own scanner (no distance), and on T1; any contrast are rows of their own."""
+    variants = _one_by_one("teacher_contrast", ("pd_fs", "t1"))
+    return _points(["teacher_only", "finetune", "dual_kd"], BOTH, variants)
 
 
 def _mask(profile: Settings) -> list[Point]:
-    """Without the uncertainty mask; with it are the rows."""
-    return _points(["dual_kd", "strong_kd"], BOTH, _one_by_one("teacher_passes", (0,)))
+    """Without the uncertainty mask, and with the released code's, which is stricter; with the paper's are the rows."""
+    variants = [*_one_by_one("teacher_passes", (0,)), *_one_by_one("mask_classes", (2,))]
+    return _points(["dual_kd", "strong_kd"], BOTH, variants)
 
 
 def _normalisation(profile: Settings) -> list[Point]:
@@ -161,6 +164,9 @@ def _normalisation(profile: Settings) -> list[Point]:
 
 
 _BEYOND = (
+    "teacher_recontrasted",
+    "finetune_recontrasted",
+    "combined_kd_recontrasted",
     "teacher_random",
     "finetune_random",
     "dual_kd_random",
@@ -171,6 +177,7 @@ _BEYOND = (
     "combined_kd",
     "small_fedavg",
     "small_kd",
+    "small_kd_random",
 )
 
 #: Named grids: what a profile runs, without seeds.

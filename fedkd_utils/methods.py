@@ -61,11 +61,15 @@ class Method:
         return replace(settings, **self.changes)
 
     def identity(self) -> str:
-        """A hash of all that changes a number: a title may be reworded."""
-        facts = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self))}
-        facts |= {"objective": getattr(self.objective, "__name__", ""), "changes": sorted(self.changes.items())}
-        numbers = {name: value for name, value in facts.items() if name not in ("title", "source", "assumes")}
-        return hashlib.sha256(repr(sorted(numbers.items())).encode()).hexdigest()
+        """A hash of all that changes a number: a title may be reworded, and a new field at its default changes none."""
+        facts: dict[str, Any] = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if isinstance(f.default, bool) and getattr(self, f.name) != f.default
+        }
+        facts |= {"name": self.name, "objective": getattr(self.objective, "__name__", "")}
+        facts |= {"changes": sorted(self.changes.items())}
+        return hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
 
 
 _HE = "He et al., ISBI 2023, arXiv 2303.14357"
@@ -73,10 +77,12 @@ _UAMT = "Yu et al., MICCAI 2019, doi:10.1007/978-3-030-32245-8_67"
 _FEDAVG = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
 _TEACHER = "a repository with labels"
 _RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
+_SAME = "a repository with labels, no more than the paper"
 
 #: Ours: a response that a student feels, at full weight from the first step because the teacher is frozen and ready.
 _STRONG = {"response_loss": "cross_entropy_dice", "response_weight": 1.0, "response_ramp": 0.0}
 _CONTRAST = {"teacher_contrast": "random"}
+_RECONTRAST = {"teacher_contrast": "recontrasted"}
 
 #: The rows that the notebooks build up, and that ``make run`` compares.
 COURSE_ROWS = ("teacher_only", "local_only", "fedavg", "dual_kd")
@@ -115,6 +121,13 @@ ROWS: dict[str, Method] = {
             supervised,
             "Li et al., ICLR 2021, arXiv 2102.07623; batch normalisation, since our own has nothing to keep",
             local_normalisation=True,
+            changes={"normalisation": "batch"},
+        ),
+        Method(
+            "fedavg_bn",
+            "FedAvg, batch normalisation",
+            supervised,
+            f"{_FEDAVG}; what FedBN has to be compared with",
             changes={"normalisation": "batch"},
         ),
         Method(
@@ -253,6 +266,35 @@ ROWS: dict[str, Method] = {
             changes=_STRONG | _CONTRAST,
         ),
         Method(
+            "teacher_recontrasted",
+            "Recontrasted teacher only",
+            None,
+            "ours: trained on the repository's images with random contrasts (see recontrast.py)",
+            _SAME,
+            federated=False,
+            changes=_RECONTRAST,
+        ),
+        Method(
+            "finetune_recontrasted",
+            "Fine-tuned recontrasted teacher",
+            supervised,
+            "ours",
+            _SAME,
+            starts_at_teacher=True,
+            changes=_RECONTRAST,
+        ),
+        Method(
+            "combined_kd_recontrasted",
+            "All of ours, recontrasted teacher",
+            dual_distillation,
+            "ours: recontrasted teacher, strong response, weighted by trust, started at the teacher",
+            _SAME,
+            distils=True,
+            starts_at_teacher=True,
+            weighs_trust=True,
+            changes=_STRONG | _RECONTRAST,
+        ),
+        Method(
             "small_fedavg",
             "FedAvg, small student",
             supervised,
@@ -264,6 +306,15 @@ ROWS: dict[str, Method] = {
             "Strong response, small student",
             dual_distillation,
             "ours: no feature term, since the widths differ",
+            _TEACHER,
+            distils=True,
+            changes=_STRONG | {"student_shrink": 4, "feature_weight": 0.0},
+        ),
+        Method(
+            "small_kd_random",
+            "Strong response, small student, any-contrast teacher",
+            dual_distillation,
+            "ours",
             _RANDOM,
             distils=True,
             weighs_trust=True,

@@ -80,7 +80,7 @@ def dual_distillation(network: TappedNetwork, batch: Batch, progress: float, set
     if settings.response_loss not in _RESPONSES:
         raise ValueError(f"response_loss must be one of {', '.join(_RESPONSES)}, not {settings.response_loss!r}.")
     logits, features = network.forward_with_features(batch.unlabelled)
-    mask = losses.uncertainty_mask(batch.teacher_entropy, progress, logits.shape[1])
+    mask = losses.uncertainty_mask(batch.teacher_entropy, progress, settings.mask_classes)
     response = _RESPONSES[settings.response_loss](logits, batch.teacher_probabilities, mask)
     weight = batch.trust * settings.response_weight * losses.sigmoid_ramp_up(progress, settings.response_ramp)
     loss = parts["loss"] + weight * response

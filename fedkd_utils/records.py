@@ -16,16 +16,15 @@ from typing import Any
 import pandas as pd
 import torch
 
+from fedkd_utils import cohorts
+from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.experiments import Result
-from fedkd_utils.federation import FEDERATION_CODE
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import write_atomically
+from fedkd_utils.parallel import default_workers
 from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CLASS_NAMES, Settings
-
-#: Code that makes the volumes; with the sizes of a cohort it says what is in them, so no volume is needed to check.
-DATA_CODE = ("anatomy", "acquisition", "cohorts")
 
 #: Significant digits that a file keeps: a Dice to a ten-thousandth, a hundredth of what a seed moves.
 DIGITS = 4
@@ -76,9 +75,7 @@ class Record:
 
 def made_with(point: Point, profile: Settings) -> dict[str, Any]:
     """The row's definition, and hashes of the code that trains and of the code and sizes that make the volumes."""
-    disk = point.disk(profile)
-    sizes = {name: value for name, value in dataclasses.asdict(disk).items() if name.startswith(("client", "repo"))}
-    data = json.dumps([sizes, code_hash(DATA_CODE)], sort_keys=True)
+    data = json.dumps([cohorts.sizes(point.disk(profile)), code_hash(cohorts.DATA_CODE)], sort_keys=True)
     return {
         "method": ROWS[point.row].identity(),
         "code": code_hash(FEDERATION_CODE),
@@ -106,7 +103,7 @@ def record(
         "system": platform.system(),
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "workers": workers,
+        "workers": workers or default_workers(),
     }
     messages = pd.DataFrame(result.messages, columns=["round", "direction", "client", "what", "bytes"])
     grouped = messages.groupby(["round", "direction", "what"], sort=False)["bytes"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fedkd_utils import cohorts, experiments, grids, records, statistics
-from fedkd_utils.federation import FEDERATION_CODE
+from fedkd_utils import cohorts, experiments, grids, records, shares, statistics
+from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import CheckpointError, write_atomically
@@ -22,10 +22,10 @@ from fedkd_utils.provenance import code_hash, versions
 from fedkd_utils.records import Record
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
 from fedkd_utils.training import TrainingError
-from fedkd_utils.transforms import SiteData
+from fedkd_utils.transforms import SiteData, VolumeError
 
 #: The one grid of learning rates for every row, and the seed and the part of the rounds with which it is searched.
-LEARNING_RATES = (3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
 TUNING_SEED = 1000
 TUNING_PART = 3
 
@@ -124,9 +124,9 @@ def run_points(
     for index, point in enumerate(todo):
         start = time.perf_counter()
         settings, disk = point.settings(profile), point.disk(profile)
-        key = (point.setting, settings.clients, settings.client_labelled, settings.client_unlabelled, disk)
+        key = (point.setting, point.seed, cohorts.sizes(settings), cohorts.sizes(disk))
         if loaded is None or loaded[0] != key:
-            cohort = experiments.few(cohorts.make_cohort(disk, point.setting, root=root), settings)
+            cohort = shares.share(cohorts.make_cohort(disk, point.setting, root=root), settings, point.seed)
             loaded = (key, experiments.load_clients(cohort, settings))
         try:
             result = experiments.run_row(
@@ -141,7 +141,7 @@ def run_points(
                 workers=workers,
                 keep=False,
             )
-        except (TrainingError, CheckpointError) as error:
+        except (TrainingError, CheckpointError, VolumeError) as error:
             say(f"[{index + 1}/{len(todo)}] {point.name} has no result: {error}")
             continue
         elapsed = max(time.perf_counter() - start, result.wall_seconds)  # of all sittings, where there were several
@@ -199,7 +199,7 @@ def tune(
     a stopped search goes on; what was tried with other code is tried again. Test volumes are not looked at.
     """
     shorter = replace(profile, rounds=max(profile.rounds // TUNING_PART, 1))
-    code = code_hash((*FEDERATION_CODE, *records.DATA_CODE))
+    code = code_hash((*FEDERATION_CODE, *cohorts.DATA_CODE))
     path = rates_file(folder)
     facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {"rows": {}}
     rows = [row for row in rows if ROWS[row].objective is not None]
@@ -216,7 +216,8 @@ def tune(
     start = time.perf_counter()
     for index, (row, setting, rate) in enumerate(todo):
         if loaded is None or loaded[0] != setting:
-            loaded = (setting, experiments.load_clients(cohorts.make_cohort(profile, setting, root=root), profile))
+            cohort = shares.share(cohorts.make_cohort(profile, setting, root=root), profile, TUNING_SEED)
+            loaded = (setting, experiments.load_clients(cohort, profile))
         dice = experiments.validated(
             row, setting, TUNING_SEED, replace(shorter, learning_rate=rate), root, sites=loaded[1], workers=workers
         )

@@ -48,9 +48,10 @@ class Settings:
     feature_weight: float  # beta
     feature_temperature: float
     teacher_passes: int  # M, the stochastic teacher predictions behind the uncertainty mask; 0: no mask
+    mask_classes: int  # ln of it is the mask's ceiling: 4 as in the paper (all classes), 2 as in the released code
     response_loss: str  # "squares" as the paper, or "cross_entropy_dice"
     response_ramp: float  # the share of the run over which the response's weight ramps up; 0: none
-    teacher_contrast: str  # a scanner of acquisition.SCANNERS: "repository_dess", or "random" for any contrast
+    teacher_contrast: str  # a scanner of acquisition.SCANNERS: "repository_dess", "random" or "recontrasted"
     student_shrink: int  # the student's channels are the teacher's divided by this
     # The other rows (see fedkd_utils/methods.py).
     normalisation: str  # "own" (UNet: instance, V-Net: batch), "batch", "group" or "instance"
@@ -87,6 +88,7 @@ QUICK = Settings(
     feature_weight=1.0,
     feature_temperature=1.0,
     teacher_passes=8,
+    mask_classes=4,
     response_loss="squares",
     response_ramp=1.0,
     teacher_contrast="repository_dess",

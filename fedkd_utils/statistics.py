@@ -9,6 +9,7 @@ little too narrow in what concerns seeds: read an end close to zero as undecided
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -94,36 +95,47 @@ def score_table(
     Raises:
         ValueError: no result, or one seed that is there more often than another, or with other cases.
     """
+    return _by_case(_values(results, metric, components, classes))
+
+
+def _values(results: Iterable[Measured], metric: str, components: str, classes: Sequence[int] | None) -> pd.Series:
+    """The metric by seed, setting, client, case and class."""
     frames = []
     for result in results:
         frame = result.test_frame()
         frame = frame[frame["components"] == components]
         if classes is not None:
             frame = frame[frame["class"].isin(classes)]
-        means = frame.groupby(["client", "case"])[metric].mean().rename("value").reset_index()
-        frames.append(means.assign(seed=result.seed, setting=result.setting))
+        frames.append(frame.assign(seed=result.seed, setting=result.setting))
     if not frames:
         raise ValueError("No result to compare: run the row first.")
     table = pd.concat(frames)
     counts = table.groupby(["seed", "client", "case"]).size().unstack("seed")
     if counts.isna().any(axis=None) or counts.to_numpy().min() != counts.to_numpy().max():
         raise ValueError("Seeds do not have the same cases and settings: finish the runs, or leave a seed out.")
-    return table.groupby(["seed", "client", "case"])["value"].mean().unstack(["client", "case"]).sort_index(axis=1)
+    return table.set_index(["seed", "setting", "client", "case", "class"])[metric].sort_index()
+
+
+def _by_case(values: pd.Series) -> pd.DataFrame:
+    """Means over classes, then over settings, NaN left out: a line per seed, a column per client and case."""
+    cases = values.groupby(["seed", "setting", "client", "case"]).mean()
+    return cases.groupby(["seed", "client", "case"]).mean().unstack(["client", "case"]).sort_index(axis=1)
 
 
 def difference(one: Iterable[Measured], other: Iterable[Measured], **options: object) -> Interval:
-    """one - other, paired by seed and subject; ``options`` as for :func:`score_table`.
+    """one - other, paired by seed, subject and class; ``options`` as for :func:`score_table`.
+
+    A class that one side misses has no distance there, so it is left out on both.
 
     Raises:
         ValueError: the two sides do not have the same seeds and subjects.
     """
-    a, b = score_table(one, **options), score_table(other, **options)  # type: ignore[arg-type]
-    if list(a.index) != list(b.index) or list(a.columns) != list(b.columns):
-        raise ValueError(
-            f"Only pairs can be compared: one side has the seeds {list(a.index)} and {a.shape[1]} cases, the other "
-            f"{list(b.index)} and {b.shape[1]} cases that may be other ones. Run what is missing."
-        )
-    return bootstrap_interval(a.to_numpy(np.float64) - b.to_numpy(np.float64))
+    chosen = {"metric": "dice", "components": "all", "classes": None} | options
+    a, b = _values(one, **chosen), _values(other, **chosen)  # type: ignore[arg-type]
+    if not a.index.equals(b.index):
+        sides = [f"seeds {sorted(set(side.index.get_level_values('seed')))} and {len(side)} values" for side in (a, b)]
+        raise ValueError(f"Only pairs can be compared: there {sides[0]}, here {sides[1]}. Run what is missing.")
+    return bootstrap_interval(_by_case(a - b).to_numpy(np.float64))
 
 
 def difference_table(
@@ -143,12 +155,13 @@ def difference_table(
 def course_of(result: Measured) -> pd.DataFrame:
     """One line per round: mean validation Dice over clients, seconds and MB (10^6 bytes) since the start.
 
-    Clients train side by side in a federation, so a round lasts as long as its slowest client; looking at unlabelled
-    volumes with the teacher counts in the round where it happens. MB are those of all clients in both directions, the
-    first messages included. Round 0 is before training.
+    Seconds are those of a processor core, so that it does not matter what else a machine did. Clients train side by
+    side in a federation, so a round lasts as long as its slowest client; looking at unlabelled volumes with the
+    teacher counts in the round where it happens, pretraining the teacher at the repository does not count. MB are
+    those of all clients in both directions, the first messages included. Round 0 is before training.
     """
     history = result.history_frame()
-    columns = [name for name in ("seconds", "teacher_seconds") if name in history]
+    columns = [name for name in ("cpu_seconds", "teacher_cpu_seconds") if name in history]
     lasted = history[columns].fillna(0.0).sum(axis=1).groupby(history["round"]).max()
     dice = history.groupby("round")["validation"].mean()
     messages = pd.DataFrame(result.messages, columns=["round", "bytes"]).groupby("round")["bytes"].sum()
@@ -188,13 +201,16 @@ def best_rival(results: Mapping[str, Sequence[Measured]], rivals: Iterable[str])
 
 
 def reach_table(results: Mapping[str, Sequence[Measured]], target: float) -> pd.DataFrame:
-    """One line per row: in how many runs the target is reached, and the median round, seconds and MB of those."""
+    """One line per row: in how many runs the target is reached, and the median round, seconds and MB.
+
+    A run that does not reach it takes longer than any that does: the median is infinite when half of them do not.
+    """
     lines = []
     for name, runs in results.items():
-        found = [there for there in (reach(result, target) for result in runs) if there is not None]
+        found = [reach(result, target) for result in runs]
         medians = {
-            what: float(np.median([getattr(there, what) for there in found])) if found else float("nan")
+            what: float(np.median([math.inf if there is None else getattr(there, what) for there in found]))
             for what in ("round", "seconds", "mb")
         }
-        lines.append({"row": name, "reached": len(found), "runs": len(runs), **medians})
+        lines.append({"row": name, "reached": sum(there is not None for there in found), "runs": len(runs), **medians})
     return pd.DataFrame(lines)

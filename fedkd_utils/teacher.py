@@ -58,7 +58,7 @@ _TEACHER_SETTINGS = (
     "weight_decay",
 )
 
-#: Stochastic passes in one batch: enough for oneDNN, little memory (see the speed facts in the README).
+#: Stochastic passes in one batch: more are no faster on a CPU and take more memory.
 _PASSES_AT_ONCE = 4
 
 

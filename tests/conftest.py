@@ -1,6 +1,25 @@
-"""The same threads as in the Makefile, set before torch is imported: digits of a training depend on them."""
+"""The same threads as in the Makefile, and a cache whose knees are boxes."""
 
+import functools
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
+
+# Before torch is imported: digits of a training depend on the threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tiny import blobs
+
+from fedkd_utils import cohorts
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder in which cohorts and repositories are made of boxes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_cohort", "make_repository"):
+            patch.setattr(cohorts, name, functools.partial(getattr(cohorts, name), workers=1, scan=blobs))
+        yield tmp_path_factory.mktemp("cache")

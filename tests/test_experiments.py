@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,53 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import TINY
 
-from fedkd_utils import cohorts, experiments, federation, networks, provenance, training, transforms
-from fedkd_utils.acquisition import T1, Scan, Scanner
+from fedkd_utils import cohorts, experiments, federation, networks, provenance, shares, training, transforms
 from fedkd_utils.experiments import Result
 from fedkd_utils.methods import ROWS
-from fedkd_utils.settings import QUICK
-
-TINY = replace(
-    QUICK,
-    name="tiny",
-    grid_shape=(4, 16, 16),
-    channels=(4, 8),
-    repository_training=3,
-    repository_validation=1,
-    repository_test=1,
-    clients=2,
-    client_labelled=1,
-    client_unlabelled=2,
-    client_validation=1,
-    client_test=2,
-    teacher_steps=6,
-    teacher_passes=2,
-    rounds=2,
-    local_epochs=1,
-    steps_per_epoch=3,
-)
-
-
-def blobs(subject: int, scanner: Scanner, scan_seed: int) -> Scan:
-    """Three bright boxes at places that depend on the subject: a volume in a millisecond."""
-    rng = np.random.default_rng([subject, scan_seed])
-    label = np.zeros((4, 18, 18), np.uint8)
-    for c in (1, 2, 3):
-        row, column = 5 * (c - 1) + rng.integers(1, 3), rng.integers(1, 9)
-        label[1:3, row : row + 4, column : column + 7] = c
-    image = (100 * label + rng.normal(100, 20, label.shape)).astype(np.float32)
-    return Scan(image, label, np.diag([4.0, 1.2, 1.2, 1.0]), "left", T1)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    quick = functools.partial(cohorts.make_cohort, workers=1, scan=blobs)
-    repository = functools.partial(cohorts.make_repository, workers=1, scan=blobs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cohorts, "make_cohort", quick)
-        patch.setattr(cohorts, "make_repository", repository)
-        yield tmp_path_factory.mktemp("cache")
 
 
 def run(row: str, root: Path, setting: str = "paper_like", seed: int = 0, **more: Any) -> Result:
@@ -86,7 +43,8 @@ def without_clock(result: Result) -> dict[str, Any]:
     for line in facts["history"]:
         line.pop("seconds", None)
         line.pop("data_seconds", None)
-        line.pop("teacher_seconds", None)
+        line.pop("teacher_cpu_seconds", None)
+        line.pop("cpu_seconds", None)
     return facts
 
 
@@ -192,7 +150,7 @@ def test_sites_in_memory_give_the_same_result(cache: Path) -> None:
 
 def test_pooled_trains_once_on_every_volume_with_its_hidden_label(cache: Path) -> None:
     cohort = cohorts.make_cohort(TINY, "paper_like", root=cache)
-    everything = experiments.pooled_site(cohort, TINY)
+    everything = shares.pooled_site(cohort, TINY)
     sites = experiments.load_clients(cohort, TINY)
     assert len(everything.labelled_images) == 2 * (1 + 2) and len(everything.unlabelled_images) == 0
     images = torch.cat([torch.cat([s.labelled_images, s.unlabelled_images]) for s in sites])
@@ -207,21 +165,22 @@ def test_pooled_trains_once_on_every_volume_with_its_hidden_label(cache: Path) -
     content = hidden.read_bytes()
     hidden.unlink()
     with pytest.raises(transforms.VolumeError, match="no hidden truth"):
-        experiments.pooled_site(cohort, TINY)
+        shares.pooled_site(cohort, TINY)
     hidden.write_bytes(content)
 
 
-def test_fewer_volumes_of_a_larger_cohort_are_its_first_ones(cache: Path) -> None:
+def test_a_larger_cohort_can_be_used_in_part(cache: Path) -> None:
     large = replace(TINY, client_labelled=2, client_unlabelled=4)
     cohort = cohorts.make_cohort(large, "paper_like", root=cache)
-    part = experiments.few(cohort, TINY)
-    for whole, cut in zip(cohort.clients, part.clients, strict=True):
-        assert cut.training == whole.training[:1] and cut.unlabelled == whole.unlabelled[:2]
-        assert (cut.validation, cut.test) == (whole.validation, whole.test)
     result = run("fedavg", cache, on_disk=large)
     assert {line["case"] for line in result.test} == {item.name for site in cohort.clients for item in site.test}
     assert result.settings["client_labelled"] == 1
     assert run("fedavg", cache, settings=large).inputs != result.inputs != run("fedavg", cache).inputs
+
+
+def test_a_seed_has_its_own_teacher(cache: Path) -> None:
+    first, again, other = (run("teacher_only", cache, seed=seed) for seed in (0, 0, 1))
+    assert first.teacher == again.teacher and first.teacher["weights_sha256"] != other.teacher["weights_sha256"]
 
 
 def made(row: str, seed: int, dice: float, hd: float | None, setting: str = "paper_like", empty: str = "") -> Result:

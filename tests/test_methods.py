@@ -133,16 +133,39 @@ def test_an_uncertain_teacher_is_not_listened_to() -> None:
     assert torch.equal(parts["loss"], parts["supervised"])
 
 
+def test_the_released_mask_is_the_stricter_one_and_means_are_over_what_it_trusts() -> None:
+    student, _, b = batch()
+    assert b.teacher_entropy is not None and b.unlabelled is not None and b.teacher_probabilities is not None
+    entropy = torch.linspace(0.0, 1.4, b.teacher_entropy.numel(), dtype=torch.float64).view_as(b.teacher_entropy)
+    b = replace(b, teacher_entropy=entropy)
+    for classes, ceiling in ((4, math.log(4)), (2, math.log(2))):
+        parts = methods.dual_distillation(student, b, 1.0, replace(TINY, mask_classes=classes, feature_weight=0.0))
+        mask = entropy < ceiling
+        assert parts["trusted"].item() == pytest.approx(mask.double().mean().item())
+        squares = (student(b.unlabelled).softmax(1) - b.teacher_probabilities).square().sum(dim=1)
+        assert parts["response"].item() == pytest.approx((squares[mask].sum() / (4 * mask.sum())).item())
+
+
 def test_rows_say_what_travels() -> None:
     assert list(ROWS)[:2] == ["teacher_only", "local_only"] and {"fedavg", "dual_kd", "pooled"} < set(ROWS)
     assert all(name == method.name for name, method in ROWS.items())
     assert len({method.title for method in ROWS.values()}) == len(ROWS)
     assert len({method.identity() for method in ROWS.values()}) == len(ROWS)
     alone = {name for name, m in ROWS.items() if not m.federated}
-    assert alone == {"teacher_only", "teacher_random", "local_only", "local_uamt", "pooled"}
+    assert alone == {"teacher_only", "teacher_random", "teacher_recontrasted", "local_only", "local_uamt", "pooled"}
     untaught = {name for name, m in ROWS.items() if not m.needs_teacher}
     assert untaught == {
-        *("local_only", "local_uamt", "fedavg", "fedprox", "fedbn", "mean_teacher", "uamt", "ssfl_released"),
+        *(
+            "local_only",
+            "local_uamt",
+            "fedavg",
+            "fedavg_bn",
+            "fedprox",
+            "fedbn",
+            "mean_teacher",
+            "uamt",
+            "ssfl_released",
+        ),
         *("ssfl_published", "fedsemi", "pooled", "small_fedavg"),
     }
     for method in ROWS.values():

@@ -145,8 +145,13 @@ def test_the_table_subtracts_every_row_from_one() -> None:
 
 def timed(dice: list[float], seconds: float, teacher: float = 0.0) -> Run:
     history = [
-        {"round": r, "client": c, "validation": d + (0.1 if c == "b" else -0.1), "seconds": seconds * (1 + (c == "b"))}
-        | ({"teacher_seconds": teacher if r == 1 else 0.0} if teacher else {})
+        {
+            "round": r,
+            "client": c,
+            "validation": d + (0.1 if c == "b" else -0.1),
+            "cpu_seconds": seconds * (1 + (c == "b")),
+        }
+        | ({"teacher_cpu_seconds": teacher if r == 1 else 0.0} if teacher else {})
         for r, d in enumerate(dice, 1)
         for c in ("a", "b")
     ]
@@ -179,4 +184,17 @@ def test_the_target_is_the_best_rivals_chosen_round_on_validation() -> None:
     table = statistics.reach_table(results, target - 1e-9).set_index("row")
     assert list(table["reached"]) == [2, 1, 0] and list(table["runs"]) == [2, 2, 1]
     assert table.loc["dual_kd", "round"] == 1.5 and table.loc["dual_kd", "seconds"] == 9.0
-    assert table.loc["fedavg", "mb"] == 8.0 and np.isnan(table.loc["uamt", "seconds"])
+    assert np.isinf(table.loc["fedavg", "mb"]), "one of two runs never gets there"
+    assert np.isinf(table.loc["uamt", "seconds"])
+
+
+def test_a_class_that_one_side_misses_is_left_out_on_both() -> None:
+    def run(hd: dict[int, float | None]) -> Run:
+        test = [
+            {"client": "a", "case": "x", "class": c, "components": "all", "hd95_mm": np.nan if v is None else v}
+            for c, v in hd.items()
+        ]
+        return Run(test=test)
+
+    one, other = run({1: 1.0, 2: 2.0, 3: None}), run({1: 2.0, 2: 4.0, 3: 30.0})
+    assert statistics.difference([one], [other], metric="hd95_mm").mean == pytest.approx(-1.5)
