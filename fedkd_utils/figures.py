@@ -18,13 +18,18 @@ import pandas as pd
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
+from fedkd_utils.calibration import Cartilage
 from fedkd_utils.methods import ROWS
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
 
 #: Femoral red, tibial green, patellar blue as in the paper's figures, in shades that differ in lightness too (Tol).
 CLASS_COLOURS = {"femoral": "#CC3311", "tibial": "#44AA77", "patellar": "#33BBEE"}
+#: What was measured on real knees.
+_REAL = "#444444"
+
 CLASS_LINES: dict[str, Any] = {"femoral": "-", "tibial": "--", "patellar": ":"}
 
 _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
@@ -36,6 +41,7 @@ _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
     "fedavg": ("#0077BB", "o", "-."),
     "fedprox": ("#0077BB", "o", "--"),
     "fedbn": ("#0077BB", "o", ":"),
+    "fedavg_bn": ("#0077BB", "8", "-"),
     "mean_teacher": ("#33BBEE", "v", "-"),
     "uamt": ("#33BBEE", "v", "--"),
     "ssfl_released": ("#009988", "<", "-"),
@@ -54,8 +60,12 @@ _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
     "trusted_kd": ("#CC3311", "p", "-."),
     "started_kd": ("#CC3311", "p", ":"),
     "combined_kd": ("#882255", "h", "-"),
+    "teacher_recontrasted": ("#777777", "s", "-"),
+    "finetune_recontrasted": ("#222222", "X", "--"),
+    "combined_kd_recontrasted": ("#882255", "h", "--"),
     "small_fedavg": ("#0077BB", ".", "-"),
     "small_kd": ("#CC3311", ".", "--"),
+    "small_kd_random": ("#882255", ".", ":"),
 }
 #: Title, colour, marker and line of every row of the comparison, the same in all figures.
 ROW_STYLE: dict[str, tuple[str, str, str, str]] = {
@@ -317,38 +327,54 @@ def bars(values: Mapping[str, float], ylabel: str, title: str) -> Drawn:
     return figure, f"{title}: {ylabel} as {len(values)} bars; the longest is {order[0]}."
 
 
-def volume_ranges(
-    phantom: Mapping[str, Sequence[float]], literature: Mapping[str, Mapping[str, Sequence[float]]]
+def made_and_real_knees(
+    made: Mapping[str, Sequence[Cartilage]], literature: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> Drawn:
-    """Volumes of made knees as dots beside what manual maps of real knees say."""
-    figure, axes = _new(1, len(phantom), 3.0 * len(phantom), 3.2)
+    """Volume, extent and thickness of made cartilages beside what manual maps of real knees say, a column for each.
+
+    Args:
+        made: the cartilages of several subjects, by name.
+        literature: as :data:`calibration.LITERATURE`.
+    """
+    figure, axes = _new(3, len(made), 3.0 * len(made), 7.4)
     facts = []
-    for axis, (name, values) in zip(axes[0], phantom.items(), strict=True):
-        known = literature[name]
-        axis.plot(np.linspace(-0.15, 0.15, len(values)), values, "o", color=CLASS_COLOURS[name], alpha=0.7)
+    for (top, middle, bottom), (name, cartilages) in zip(axes.T, made.items(), strict=True):
+        known, colour, count = literature[name], CLASS_COLOURS[name], len(cartilages)
+        spread = np.linspace(-0.2, 0.2, count)
+        volumes_ml = [cartilage.volume_ml for cartilage in cartilages]
+        top.plot(spread, volumes_ml, "o", color=colour, alpha=0.7)
         if "range_ml" in known:
-            axis.vlines(1, *known["range_ml"], color="#555555", linewidth=2)
-        axis.plot([1], known["mean_ml"], "_", markersize=22, markeredgewidth=3, color="#222222")
-        axis.plot([1], known["one_knee_ml"], "D", color="#222222", markersize=6, fillstyle="none")
-        axis.set(title=f"{name} cartilage", ylabel="volume, ml", xlim=(-0.6, 1.6), xticks=[0, 1], ylim=(0, None))
-        axis.set_xticklabels([f"phantom\n(n = {len(values)})", "manual maps"])
-        facts.append(f"{name} {np.mean(values):.1f} against {known['mean_ml'][0]:.1f} ml")
+            top.vlines(1, *known["range_ml"], color=_REAL, linewidth=2)
+        top.plot([1], known["mean_ml"], "_", markersize=22, markeredgewidth=3, color=_REAL)
+        top.plot([1], known["one_knee_ml"], "D", color=_REAL, markersize=6, fillstyle="none")
+        top.set(title=f"{name} cartilage", ylabel="volume, ml", xlim=(-0.6, 1.6), xticks=[0, 1], ylim=(0, None))
+        top.set_xticklabels([f"made (n = {count})", "manual maps"])
+        for axis in range(3):
+            extents_mm = [cartilage.extent_mm[axis] for cartilage in cartilages]
+            middle.plot(axis + spread - 0.1, extents_mm, "o", color=colour, alpha=0.7, markersize=4)
+            middle.plot([axis + 0.3], [known["extent_mm"][axis]], "D", color=_REAL, markersize=6, fillstyle="none")
+        middle.set(ylabel="extent, mm", xlim=(-0.6, 2.7), xticks=[0, 1, 2], ylim=(0, None))
+        middle.set_xticklabels(["left-right", "front-back", "up-down"], fontsize=8)
+        low, high = known["thickness_mm"]
+        bottom.axhspan(low, high, color=_REAL, alpha=0.15, linewidth=0)
+        order = sorted(cartilages, key=lambda cartilage: float(np.median(cartilage.thickness_mm)))
+        for place, cartilage in enumerate(order):
+            bottom.vlines(place, *cartilage.thickness_range_mm, color=colour, linewidth=2)
+            bottom.plot([place], [np.median(cartilage.thickness_mm)], "o", color=colour, markersize=4)
+        bottom.set(ylabel="thickness, mm", xlabel="made knees, thin to thick", xticks=[], ylim=(0, None))
+        medians_mm = [float(np.median(cartilage.thickness_mm)) for cartilage in cartilages]
+        facts.append(
+            f"{name}: volume {np.mean(volumes_ml):.1f} against {known['mean_ml'][0]:.1f} ml, median thickness "
+            f"{min(medians_mm):.1f} to {max(medians_mm):.1f} mm against {low:g} to {high:g} mm"
+        )
     handles = [
-        Line2D(
-            [],
-            [],
-            linestyle="none",
-            marker="_",
-            markersize=14,
-            markeredgewidth=3,
-            color="#222222",
-            label="mean of 68 knees",
-        ),
-        Line2D([], [], linestyle="none", marker="D", fillstyle="none", color="#222222", label="one measured knee"),
-        Line2D([], [], color="#555555", linewidth=2, label="range of 68 knees"),
+        Line2D([], [], linestyle="none", marker="_", markersize=14, markeredgewidth=3, color=_REAL, label="mean of 68"),
+        Line2D([], [], color=_REAL, linewidth=2, label="range of 68"),
+        Line2D([], [], linestyle="none", marker="D", fillstyle="none", color=_REAL, label="one measured knee"),
+        Patch(color=_REAL, alpha=0.15, label="measured, 10 to 90 %"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return figure, f"Cartilage volumes of made knees beside manual maps, mean against mean: {'; '.join(facts)}."
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure, f"Made cartilages beside manual maps of real knees. {'; '.join(facts)}."
 
 
 def bars_of_bytes(ledger: pd.DataFrame) -> Drawn:

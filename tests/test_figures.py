@@ -17,6 +17,7 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from fedkd_utils import figures
+from fedkd_utils.calibration import Cartilage
 from fedkd_utils.methods import ROWS
 
 matplotlib.use("Agg")
@@ -248,14 +249,21 @@ def test_bars_name_the_longest_and_keep_the_order():
     assert [t.get_text() for t in axis.get_yticklabels()] == ["PD", "T1", "DESS"]
 
 
-def test_volumes_stand_beside_the_literature():
-    known = {"mean_ml": (12.0,), "one_knee_ml": (11.0,), "range_ml": (9.0, 16.0)}
-    figure, alt = figures.volume_ranges(
-        {"femoral": [10.0, 13.0], "tibial": [4.0]}, {"femoral": known, "tibial": {**known, "mean_ml": (5.0,)}}
-    )
-    assert alt.endswith("mean against mean: femoral 11.5 against 12.0 ml; tibial 4.0 against 5.0 ml.")
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [10.0, 13.0]
-    assert "ml" in figure.axes[0].get_ylabel()
+def test_made_knees_stand_beside_the_literature():
+    def cartilage(volume_ml: float, thick_mm: float) -> Cartilage:
+        return Cartilage(volume_ml, (70.0, 60.0, 40.0), np.array([thick_mm - 0.5, thick_mm, thick_mm + 0.5]))
+
+    known = {"mean_ml": (12.0,), "one_knee_ml": (11.0,), "range_ml": (9.0, 16.0), "extent_mm": (71, 65, 42)}
+    known |= {"thickness_mm": (1.5, 3.0)}
+    made = {"femoral": [cartilage(10.0, 2.5), cartilage(13.0, 2.0)], "tibial": [cartilage(4.0, 2.2)]}
+    figure, alt = figures.made_and_real_knees(made, {"femoral": known, "tibial": {**known, "mean_ml": (5.0,)}})
+    assert "femoral: volume 11.5 against 12.0 ml, median thickness 2.0 to 2.5 mm against 1.5 to 3 mm" in alt
+    assert "tibial: volume 4.0 against 5.0 ml" in alt
+    volume, _, extent, _, thickness, _ = figure.axes
+    assert volume.lines[0].get_ydata().tolist() == [10.0, 13.0] and "ml" in volume.get_ylabel()
+    assert extent.lines[1].get_ydata().tolist() == [71] and "mm" in extent.get_ylabel()
+    medians = [line.get_ydata()[0] for line in thickness.lines]
+    assert medians == [2.0, 2.5], "from thin to thick"
 
 
 def test_stacked_bytes_add_up():
