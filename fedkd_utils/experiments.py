@@ -129,6 +129,7 @@ def run_row(
             seed,
             folder,
             teacher_update=teacher_update,
+            teacher_classes=teacher.classes if teacher is not None else None,
             workers=workers,
             progress=advance,
         )

@@ -29,6 +29,7 @@ from fedkd_utils.networks import (
     build_network,
     build_student,
     check_finite,
+    class_axes,
     copy_state,
     load_state,
 )
@@ -106,6 +107,7 @@ def run_federation(
     folder: Path | None = None,
     *,
     teacher_update: TeacherUpdate = FROZEN,
+    teacher_classes: tuple[int, ...] | None = None,
     augmentation: Augmentation | None = transforms.augment,
     make_optimiser: MakeOptimiser = adamw,
     workers: int | None = None,
@@ -120,6 +122,7 @@ def run_federation(
     Args:
         folder: where the run leaves a checkpoint after each round; a run that was killed goes on from there and
             ends with the same numbers. Nothing is kept when not given.
+        teacher_classes: those that the teacher was taught (:attr:`teacher.Teacher.classes`); None: all.
         progress: gets :func:`total_progress` steps, those of finished rounds at once, in the calling thread.
 
     Raises:
@@ -135,13 +138,16 @@ def run_federation(
         assert teacher is not None
         return _use_teacher(method, sites, teacher, advance)
     path = folder / "round.safetensors" if folder is not None else None
-    mark = fingerprint(settings, row, sites, teacher if method.needs_teacher else None, seed, teacher_update)
+    told = teacher if method.needs_teacher else None
+    mark = fingerprint(settings, row, sites, told, seed, teacher_update, teacher_classes)
     run = resume(path, mark) if path is not None else None
     if run is None:
         run = _begin(settings, method, sites, teacher, seed)
     elif run.finished:
         advance(run.finished * len(sites) * steps_per_round(settings), f"round {run.finished} read from its checkpoint")
-    plan = _Plan(settings, method, sites, seed, teacher_update, augmentation, make_optimiser, workers, advance)
+    plan = _Plan(
+        settings, method, sites, seed, teacher_update, teacher_classes, augmentation, make_optimiser, workers, advance
+    )
     signals: dict[str, TeacherSignals] = {}
     while run.finished < settings.rounds:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -172,6 +178,7 @@ class _Plan:
     sites: Sequence[SiteData]  # in the order of their names
     seed: int
     teacher_update: TeacherUpdate
+    teacher_classes: tuple[int, ...] | None
     augmentation: Augmentation | None
     make_optimiser: MakeOptimiser
     workers: int | None
@@ -219,6 +226,7 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
             signals=signals.get(site.name),
             kept=run.kept.get(site.name),
             teacher_update=plan.teacher_update,
+            teacher_classes=plan.teacher_classes,
             augmentation=plan.augmentation,
             make_optimiser=plan.make_optimiser,
             progress=report,
@@ -236,7 +244,8 @@ def _look(plan: _Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals
 
     def look(site: SiteData, report: Progress) -> tuple[TeacherSignals, float]:
         start = time.thread_time()
-        return signals_for(teacher, site, plan.settings, plan.seed, report), time.thread_time() - start
+        said = signals_for(teacher, site, plan.settings, plan.seed, report, plan.teacher_classes)
+        return said, time.thread_time() - start
 
     looked = side_by_side(look, plan.sites, plan.workers, plan.advance)
     by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
@@ -299,9 +308,10 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
         return
-    run.students[""] = server_step(run.students[""], updates)
+    axes = class_axes(build_student(plan.settings, 0))
+    run.students[""] = server_step(run.students[""], updates, axes)
     if plan.method.groups:
-        run.students |= group_step(updates, plan.seed, number)
+        run.students |= group_step(updates, plan.seed, number, axes)
     teachers = [update.teacher_state for update in updates if update.teacher_state is not None]
     if teachers:
         run.teacher = weighted_mean(teachers, [update.n_examples for update in updates])
@@ -325,7 +335,8 @@ def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping
         own.append(line["validation"])
         times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
         run.history.append({"round": number, "client": site.name, **line, **update.metrics, **times})
-    together = float(np.mean(own))
+    known = [score for score in own if not np.isnan(score)]  # a client may have labels of nothing that can be scored
+    together = float(np.mean(known)) if known else float("nan")
     for site, alone in zip(plan.sites, own, strict=True):
         key, score = plan.model_key(site), together if plan.method.federated else alone
         if key not in run.best or is_better(score, run.scores[key]):

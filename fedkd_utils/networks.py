@@ -250,6 +250,17 @@ def normalisation_names(network: nn.Module) -> frozenset[str]:
     )
 
 
+def class_axes(network: TappedNetwork) -> dict[str, int]:
+    """The tensors of the last layer, as they stand in the state, and the axis of each along which the classes lie."""
+    path, last = [
+        (path, module)
+        for path, module in network.body.named_modules()
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)) and module.bias is not None
+    ][-1]
+    axis = 1 if isinstance(last, nn.ConvTranspose3d) else 0
+    return {f"body.{path}.weight": axis, f"body.{path}.bias": 0}
+
+
 def build_student(settings: Settings, seed: int) -> TappedNetwork:
     """The student: the network of the profile, ``settings.student_shrink`` times narrower.
 

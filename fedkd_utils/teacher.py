@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, versions
 from fedkd_utils.seeds import generator_of, seed_of
-from fedkd_utils.settings import Settings, cache_folder
+from fedkd_utils.settings import CARTILAGES, Settings, cache_folder
 from fedkd_utils.training import (
     Progress,
     TrainingLog,
@@ -73,6 +74,7 @@ class Teacher:
     best_dice: float  # on the repository's validation volumes
     seconds: float  # that its training took, then
     data_share: float  # of these, waiting for data
+    classes: tuple[int, ...] | None = None  # that the repository labels; None: all
 
     @property
     def bytes(self) -> int:
@@ -99,7 +101,7 @@ def pretrain_teacher(
         learning_rate=settings.teacher_learning_rate,
         weight_decay=settings.weight_decay,
         seed=seed_of(seed, "teacher training"),
-        labelled_classes=repository.labelled_classes,
+        labelled_classes=repository.classes_by_volume,
         validation=repository.validation,
         validate_every=max(settings.teacher_steps // 10, 1),
         label="teacher",
@@ -145,7 +147,7 @@ def teacher_on(
             load_state(network, state, str(path))
             if progress is not None:
                 progress(settings.teacher_steps, "teacher read from the cache")
-            return _teacher(freeze(network), path, facts)
+            return _teacher(freeze(network), path, facts, repository)
         except CheckpointError:
             path.unlink(missing_ok=True)  # damaged: make it again
     network, log = pretrain_teacher(transforms.load_site(repository, settings), settings, seed, progress)
@@ -161,10 +163,11 @@ def teacher_on(
         "data_share": log.data_share,
     }
     save_checkpoint(path, network.state_dict(), facts)
-    return _teacher(network, path, facts)
+    return _teacher(network, path, facts, repository)
 
 
-def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any]) -> Teacher:
+def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: cohorts.Site) -> Teacher:
+    taught = {c for item in repository.training for c in item.labelled_classes}
     return Teacher(
         network=network,
         path=path,
@@ -173,6 +176,7 @@ def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any]) -> Te
         best_dice=float("nan") if facts["best_dice"] is None else facts["best_dice"],
         seconds=facts["seconds"],
         data_share=facts["data_share"],
+        classes=None if taught >= set(CARTILAGES) else tuple(sorted(taught)),
     )
 
 
@@ -200,10 +204,16 @@ class TeacherSignals:
     entropy: Tensor  # H of the mean of the stochastic predictions (U, D, H, W), nats
     features: Tensor  # f_T at the bottleneck (U, F, d, h, w)
     trust: float = 1.0  # the teacher's mean Dice on the client's few labels (:func:`agreement`)
+    classes: tuple[int, ...] | None = None  # that the teacher was taught; None: all
 
     def of(self, chosen: Tensor) -> TeacherSignals:
         """The signals of some of the volumes, by their numbers."""
-        return TeacherSignals(self.probabilities[chosen], self.entropy[chosen], self.features[chosen], self.trust)
+        return replace(
+            self,
+            probabilities=self.probabilities[chosen],
+            entropy=self.entropy[chosen],
+            features=self.features[chosen],
+        )
 
     @property
     def bytes(self) -> int:
@@ -217,6 +227,7 @@ def teacher_signals(
     passes: int,
     seeds: Sequence[int],
     progress: Progress | None = None,
+    classes: tuple[int, ...] | None = None,
 ) -> TeacherSignals:
     """q, H and f_T for unlabelled volumes, as UA-MT (doi:10.1007/978-3-030-32245-8_67) estimates uncertainty.
 
@@ -230,6 +241,7 @@ def teacher_signals(
         passes: M.
         seeds: one per volume; a volume's signals depend on nothing else.
         progress: gets one step per volume.
+        classes: that the teacher was taught; H is over these and one background for all the rest. None: all.
     """
     if passes < 0 or len(seeds) != len(images) or len(images) == 0:
         raise ValueError(
@@ -251,14 +263,18 @@ def teacher_signals(
                 copies = image[None].expand(min(_PASSES_AT_ONCE, passes - first), *image.shape)
                 mean += network(_noisy(copies, noise)).softmax(dim=1).sum(dim=0, keepdim=True)
             _dropout(network, False)
-            uncertainty.append(losses.entropy(mean / max(passes, 1)))
+            mean = mean / max(passes, 1)
+            uncertainty.append(losses.entropy(mean if classes is None else losses.fold_probabilities(mean, classes)))
             if progress is not None:
                 progress(1, "teacher looks at unlabelled volumes")
         said = torch.cat(q), torch.cat(uncertainty), torch.cat(features)
-    return TeacherSignals(said[0].clone(), said[1].clone(), said[2].clone())  # cloned: no inference tensors outside
+    probabilities, entropy, bottleneck = (tensor.clone() for tensor in said)  # no inference tensors outside
+    return TeacherSignals(probabilities, entropy, bottleneck, classes=classes)
 
 
-def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+def agreement(
+    teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[int] | Sequence[Sequence[int]]
+) -> float:
     """How far a teacher agrees with a client's few labels: its mean Dice on them, 0 to 1.
 
     0 also when there is nothing to measure.
@@ -266,12 +282,17 @@ def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: S
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
-        classes: those that the client labels.
+        classes: those that the client labels: in all volumes, or in each of them.
     """
+    by_volume = [group for group in classes if isinstance(group, Sequence)] or [tuple(classes)] * len(images)  # type: ignore[arg-type]
+    every = sorted({c for own in by_volume for c in own})
     found = predict_probabilities(teacher, images).argmax(dim=1).numpy() if len(images) else np.empty(0)
     pairs = zip(found, labels.numpy(), strict=True)
-    scores = [[metrics.dice(predicted == c, truth == c) for c in classes] for predicted, truth in pairs]
-    dice = mean_dice(np.array(scores).reshape(-1, len(classes)))
+    scores = [
+        [metrics.dice(predicted == c, truth == c) if c in own else math.nan for c in every]
+        for (predicted, truth), own in zip(pairs, by_volume, strict=True)
+    ]
+    dice = mean_dice(np.array(scores).reshape(-1, max(len(every), 1)))
     return 0.0 if np.isnan(dice) else dice
 
 

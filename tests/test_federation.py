@@ -552,7 +552,7 @@ def test_the_released_counter_ships_and_erases_the_teacher(monkeypatch: pytest.M
     long = replace(TINY, local_epochs=30, steps_per_epoch=1, rounds=1, batch_labelled=1, batch_unlabelled=1)
     start = networks.copy_state(networks.build_network(long, 0))
     signals = federation.signals_for(TEACHER, SITES[0], long, 0)
-    monkeypatch.setattr(clients, "signals_for", lambda *a: signals)  # so that both have the same students
+    monkeypatch.setattr(clients, "signals_for", lambda *a, **k: signals)  # so that both have the same students
     ends = []
     for seed in (99, 100):
         master = teacher.freeze(networks.build_network(long, seed))
