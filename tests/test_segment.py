@@ -342,7 +342,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, kind):
 def test_a_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.nii\.gz: no such file"):
         segment.segment_volume(tmp_path / "gone.nii.gz", Lopsided(), SMALL)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(transforms.VolumeError, match="no DICOM image series"):
         segment.read_volume(tmp_path)
     path = save(tmp_path / "a.nii", IMAGE)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
@@ -435,7 +435,8 @@ def test_the_default_output_and_the_report(tmp_path):
     lines = result.report().splitlines()
     shape, spacing, codes = "34 x 39 x 22", "1.3 x 1.1 x 3", "".join(nib.aff2axcodes(result.affine))
     assert lines[0] == f"{path}: {shape} voxels of {spacing} mm, axes {codes}" and codes == "PSR"
-    assert lines[2].split() == ["tibial", "cartilage", f"{result.volumes_ml['tibial']:.1f}", "ml"]
+    assert lines[2].split()[:4] == ["tibial", "cartilage", f"{result.volumes_ml['tibial']:.1f}", "ml"]
+    assert lines[2].endswith(f"{result.thickness_mm['tibial']:.1f} mm thick on average")
     assert lines[4] == "written: knee_cartilage.nii.gz"
 
 
