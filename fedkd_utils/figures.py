@@ -19,6 +19,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from PIL import Image
 
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
 
@@ -67,10 +68,18 @@ def show(figure: Figure, alt: str) -> None:
     """
     if len(alt.strip()) < 20:
         raise ValueError("a figure needs an alt text: one sentence that says what a reader should see in it.")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", bbox_inches="tight", metadata={"Software": None})
+    display({"image/png": png(figure), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG with 64 shades of each primary colour, a third smaller than with all; closes the figure."""
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
-    display({"image/png": picture.getvalue(), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+    pixels = np.asarray(Image.open(whole).convert("RGB"), dtype=np.int16)
+    rounded = np.clip((pixels + 2) // 4 * 4, 0, 255).astype(np.uint8)
+    Image.fromarray(rounded).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def _new(rows: int, columns: int, width: float, height: float) -> tuple[Figure, NDArray[Any]]:

@@ -7,7 +7,6 @@ kernel is busy. Nothing of that is stored in the notebook.
 from __future__ import annotations
 
 import gzip
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,16 +181,13 @@ def show_comparison(
 
 def show_both(view: Any, figure: Figure, alt: str) -> None:
     """Display a widget and its static twin, a figure with its alt text, as one output; close the figure."""
-    twin = io.BytesIO()
-    figure.savefig(twin, format="png", bbox_inches="tight", metadata={"Software": None})
-    figures.plt.close(figure)
     bundle = {
         "application/vnd.jupyter.widget-view+json": {
             "version_major": 2,
             "version_minor": 0,
             "model_id": view.model_id,
         },
-        "image/png": twin.getvalue(),
+        "image/png": figures.png(figure),
         "text/plain": alt,
     }
     display(bundle, metadata={"image/png": {"alt": alt}}, raw=True)
