@@ -91,6 +91,12 @@ def _demo(arguments: argparse.Namespace) -> None:
     print(PROJECT / "data" / "demo")
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import bench
+
+    bench.report()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m fedkd_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -132,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--preview", type=Path, help="also write a picture (PNG)")
     command("demo", _demo, "write data/demo again")
+    sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
+    sub.add_argument("what", choices=["viewer"])
     return parser
 
 

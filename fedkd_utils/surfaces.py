@@ -209,6 +209,7 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
         legend={"orientation": "h"},
     )
     live = go.FigureWidget(grid)
+    live._config = {"scrollZoom": False, "displaylogo": False}  # the wheel scrolls the page
     _turn_together(live, len(panels))
     return live
 

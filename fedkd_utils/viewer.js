@@ -1,5 +1,4 @@
-// The slice viewer of viewer.py, in the browser: plain canvas, no library, nothing fetched.
-// Voxels are indexed (LR, AP, SI), the last axis fastest; a picture's columns and rows run against its two axes.
+// The slice viewer of viewer.py, in the browser: controls, keys and mouse. slices.js, which stands before it, draws.
 
 const clamp = (x, low, high) => Math.min(Math.max(x, low), high);
 
@@ -12,30 +11,6 @@ function element(name, attributes = {}, ...children) {
   const made = Object.assign(document.createElement(name), attributes);
   made.append(...children);
   return made;
-}
-
-const rgb = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
-
-/** One picture: where it is cut, and how its pixels find their voxels. */
-class Cut {
-  constructor(facts, plane, position, closeup) {
-    const [axis, across, down, letters] = facts.planes[plane];
-    const strides = [facts.shape[1] * facts.shape[2], facts.shape[2], 1];
-    const ends = closeup ? facts.closeup : facts.shape.map((n) => [0, n]);
-    Object.assign(this, { axis, across, down, letters });
-    [this.left, this.top] = [ends[across][1] - 1, ends[down][1] - 1]; // voxels of the first column and row
-    [this.columns, this.rows] = [ends[across][1] - ends[across][0], ends[down][1] - ends[down][0]];
-    this.start = position[axis] * strides[axis] + this.left * strides[across] + this.top * strides[down];
-    [this.right, this.below] = [strides[across], strides[down]];
-    [this.width_mm, this.height_mm] = [this.columns * facts.spacing[across], this.rows * facts.spacing[down]];
-  }
-  /** Calls visit(column, row, voxel) for every pixel. */
-  each(visit) {
-    for (let row = 0; row < this.rows; row++) {
-      let voxel = this.start - row * this.below;
-      for (let column = 0; column < this.columns; column++, voxel -= this.right) visit(column, row, voxel);
-    }
-  }
 }
 
 async function render({ model, el }) {
@@ -139,156 +114,7 @@ async function render({ model, el }) {
   root.append(element("div", { className: "title", textContent: facts.title }), first, second, third, panels, readout, hint);
   el.append(root);
 
-  // ----------------------------------------------------------------------------------------------------- drawing
-  const small = new OffscreenCanvas(1, 1); // a slice at its own resolution
-
-  function paint(context, cut, colourOf, smooth) {
-    [small.width, small.height] = [cut.columns, cut.rows];
-    const pen = small.getContext("2d");
-    const pixels = pen.createImageData(cut.columns, cut.rows);
-    colourOf(pixels.data);
-    pen.putImageData(pixels, 0, 0);
-    context.imageSmoothingEnabled = smooth;
-    context.imageSmoothingQuality = "high";
-    context.drawImage(small, 0, 0, context.canvas.width, context.canvas.height);
-  }
-
-  function paintGrey(context, cut) {
-    const [black, white] = model.get("window");
-    const gain = (255 * step) / Math.max(white - black, 1e-9);
-    const offset = (255 * (low - black)) / Math.max(white - black, 1e-9);
-    paint(context, cut, (data) => {
-      let k = 0;
-      cut.each((column, row, voxel) => {
-        data[k] = data[k + 1] = data[k + 2] = voxels[voxel] * gain + offset;
-        data[k + 3] = 255;
-        k += 4;
-      });
-    }, true);
-  }
-
-  const visible = () => [false, ...facts.classes.map(([name]) => model.get("shown").includes(name))];
-
-  function paintLabel(context, cut, label) {
-    const alpha = 255 * model.get("opacity");
-    const colours = [[0, 0, 0], ...facts.classes.map(([, colour]) => rgb(colour))];
-    const on = visible();
-    paint(context, cut, (data) => {
-      let k = 0;
-      cut.each((column, row, voxel) => {
-        const c = label[voxel];
-        if (on[c]) {
-          [data[k], data[k + 1], data[k + 2]] = colours[c];
-          data[k + 3] = alpha;
-        }
-        k += 4;
-      });
-    }, false);
-  }
-
-  // Femoral outlines are whole, tibial and patellar ones broken (a quarter, half), so that colour is not needed.
-  const KEPT = [[], [0, 1, 2, 3], [1, 2, 3], [0, 1]];
-
-  function outline(context, cut, label) {
-    const on = visible();
-    const paths = KEPT.map(() => new Path2D());
-    const [sx, sy] = [context.canvas.width / cut.columns, context.canvas.height / cut.rows];
-    const edge = (path, kept, x, y, dx, dy) => {
-      if (!kept.includes((7 * x + 5 * y + 3 * dx) % 4)) return;
-      path.moveTo(x * sx, y * sy);
-      path.lineTo((x + dx) * sx, (y + dy) * sy);
-    };
-    cut.each((x, y, voxel) => {
-      const c = label[voxel];
-      if (!on[c]) return;
-      if (x === 0 || label[voxel + cut.right] !== c) edge(paths[c], KEPT[c], x, y, 0, 1);
-      if (x === cut.columns - 1 || label[voxel - cut.right] !== c) edge(paths[c], KEPT[c], x + 1, y, 0, 1);
-      if (y === 0 || label[voxel + cut.below] !== c) edge(paths[c], KEPT[c], x, y, 1, 0);
-      if (y === cut.rows - 1 || label[voxel - cut.below] !== c) edge(paths[c], KEPT[c], x, y + 1, 1, 0);
-    });
-    context.globalAlpha = model.get("opacity") > 0 ? 1 : 0;
-    context.lineCap = "round";
-    facts.classes.forEach(([, colour], i) => {
-      for (const [style, size] of [["#000", 2.8], [colour, 1.6]]) {
-        [context.strokeStyle, context.lineWidth] = [style, size * devicePixelRatio];
-        context.stroke(paths[i + 1]);
-      }
-    });
-    context.globalAlpha = 1;
-  }
-
-  /** A tile of plus signs or rings: the two kinds of error differ in form, not in colour alone. */
-  function tile(context, colour, ring) {
-    const side = Math.round(9 * devicePixelRatio);
-    const made = new OffscreenCanvas(side, side);
-    const pen = made.getContext("2d");
-    [pen.strokeStyle, pen.lineWidth] = [colour, 1.5 * devicePixelRatio];
-    pen.beginPath();
-    if (ring) {
-      pen.arc(side / 2, side / 2, 0.3 * side, 0, 2 * Math.PI);
-    } else {
-      pen.moveTo(0.15 * side, side / 2);
-      pen.lineTo(0.85 * side, side / 2);
-      pen.moveTo(side / 2, 0.15 * side);
-      pen.lineTo(side / 2, 0.85 * side);
-    }
-    pen.stroke();
-    return context.createPattern(made, "repeat");
-  }
-
-  function markErrors(context, cut, label, truth) {
-    const on = visible();
-    const paths = [new Path2D(), new Path2D()];
-    const [sx, sy] = [context.canvas.width / cut.columns, context.canvas.height / cut.rows];
-    cut.each((x, y, voxel) => {
-      const [drawn, true_] = [label[voxel], truth[voxel]];
-      if (drawn !== true_ && on[drawn || true_]) paths[drawn ? 0 : 1].rect(x * sx, y * sy, sx, sy);
-    });
-    paths.forEach((path, kind) => {
-      const colour = facts.errors[kind][1];
-      context.fillStyle = colour + "50";
-      context.fill(path);
-      context.fillStyle = tile(context, colour, kind === 1);
-      context.fill(path);
-    });
-  }
-
-  function annotate(context, cut, position) {
-    const { width: w, height: h } = context.canvas;
-    const size = 12 * devicePixelRatio;
-    if (model.get("crosshair")) {
-      const x = ((cut.left + 0.5 - position[cut.across]) / cut.columns) * w;
-      const y = ((cut.top + 0.5 - position[cut.down]) / cut.rows) * h;
-      context.beginPath();
-      for (const [x0, y0, x1, y1] of [[0, y, x - size / 2, y], [x + size / 2, y, w, y], [x, 0, x, y - size / 2], [x, y + size / 2, x, h]]) {
-        context.moveTo(x0, y0);
-        context.lineTo(x1, y1);
-      }
-      [context.strokeStyle, context.lineWidth] = ["#ffff88aa", devicePixelRatio];
-      context.stroke();
-    }
-    context.font = `600 ${size}px sans-serif`;
-    [context.strokeStyle, context.fillStyle, context.lineWidth] = ["#000", "#ffffa0", 3 * devicePixelRatio];
-    [context.textAlign, context.textBaseline] = ["center", "middle"];
-    const places = [[0.7 * size, h / 2], [w - 0.7 * size, h / 2], [w / 2, 0.8 * size], [w / 2, h - 0.8 * size]];
-    [...cut.letters].forEach((letter, i) => {
-      context.strokeText(letter, ...places[i]);
-      context.fillText(letter, ...places[i]);
-    });
-    const bar = (20 / cut.width_mm) * w;
-    for (const [style, thick] of [["#000", 4], ["#ffffa0", 2]]) {
-      [context.strokeStyle, context.lineWidth] = [style, thick * devicePixelRatio];
-      context.beginPath();
-      context.moveTo(0.5 * size, h - 0.5 * size);
-      context.lineTo(0.5 * size + bar, h - 0.5 * size);
-      context.stroke();
-    }
-    context.textAlign = "left";
-    [context.strokeStyle, context.lineWidth] = ["#000", 3 * devicePixelRatio];
-    context.strokeText("20 mm", 0.5 * size, h - 1.3 * size);
-    context.fillText("20 mm", 0.5 * size, h - 1.3 * size);
-  }
-
+  // ---------------------------------------------------------------------------------------------------- pictures
   function say(position) {
     const voxel = (position[0] * facts.shape[1] + position[1]) * facts.shape[2] + position[2];
     const mm = facts.affine.slice(0, 3).map((row) => row[0] * position[0] + row[1] * position[1] + row[2] * position[2] + row[3]);
@@ -309,6 +135,7 @@ async function render({ model, el }) {
     return [["image", shown, -1, false], ...facts.layers.map((name, i) => [name, shown, i, i > 0 && model.get("errors")])];
   }
 
+  const painter = new Painter(facts, voxels, (name) => model.get(name));
   const canvases = [];
   function layout(pictures, cuts) {
     while (canvases.length < pictures.length) {
@@ -322,8 +149,9 @@ async function render({ model, el }) {
     const [widest, tallest] = [Math.max(...cuts.map((c) => c.width_mm)), Math.max(...cuts.map((c) => c.height_mm))];
     const tall = pictures.length === 1 ? 520 : 380;
     const total = cuts.reduce((sum, c) => sum + c.width_mm, 0);
-    // Side by side when they are not too small so, otherwise in rows of at least 320 pixels each.
-    const perRow = Math.min(pictures.length, Math.max(Math.floor(room / 320), 1));
+    // Side by side when they are not too small so, otherwise in rows, alike in length, of at least 280 pixels each.
+    const most = Math.max(Math.floor(room / 280), 1);
+    const perRow = Math.ceil(pictures.length / Math.ceil(pictures.length / most));
     const across = perRow === pictures.length ? total : perRow * widest;
     const scale = Math.min((room - 12 * perRow) / across, tall / tallest);
     canvases.forEach(({ canvas, caption }, i) => {
@@ -346,14 +174,10 @@ async function render({ model, el }) {
     refresh.forEach((bring) => bring());
     layout(pictures, cuts);
     pictures.forEach(([, , index, errors], i) => {
-      const context = canvases[i].canvas.getContext("2d");
-      paintGrey(context, cuts[i]);
-      if (index >= 0) {
-        if (!model.get("outline") && !errors) paintLabel(context, cuts[i], labels[index]);
-        if (errors) markErrors(context, cuts[i], labels[index], labels[0]);
-        if (model.get("outline") || errors) outline(context, cuts[i], labels[index]);
-      }
-      annotate(context, cuts[i], position);
+      const context = canvases[i].canvas.getContext("2d", { willReadFrequently: true });
+      painter.paintGrey(context, cuts[i]);
+      if (index >= 0) painter.paintLabel(context, cuts[i], labels[index], errors ? labels[0] : null);
+      painter.annotate(context, cuts[i], position);
     });
     say(position);
   }

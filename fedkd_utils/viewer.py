@@ -47,8 +47,8 @@ class Viewer(anywidget.AnyWidget):
         closeup: show only the part around the cartilage.
     """
 
-    _esm = _HERE / "viewer.js"
-    _css = _HERE / "viewer.css"
+    _esm = "".join((_HERE / name).read_text(encoding="utf-8") for name in ("slices.js", "viewer.js"))
+    _css = (_HERE / "viewer.css").read_text(encoding="utf-8")
     _voxels = traitlets.Bytes().tag(sync=True)  # uint16, the range of the volume spread over all its values
     _labels = traitlets.List(traitlets.Bytes()).tag(sync=True)  # uint8, gzipped: mostly background
     _facts = traitlets.Dict().tag(sync=True)
