@@ -59,6 +59,8 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
         config.mkdir(parents=True)
         off = {"@jupyterlab/apputils-extension:announcements": True}
         (config / "page_config.json").write_text(json.dumps({"disabledExtensions": off}))
+        whole = {"@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"}}  # keep cells out of sight, too
+        (config / "default_setting_overrides.json").write_text(json.dumps(whole))
         own = {f"JUPYTER_{kind.upper()}_DIR": str(Path(home) / kind) for kind in ("config", "data", "runtime")}
         own |= {f"JUPYTERLAB_{kind}_DIR": str(Path(home) / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
         options = [f"--ServerApp.root_dir={folder}", f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1"]
@@ -121,13 +123,18 @@ def write_notebook(path: Path, cells: Sequence[str]) -> Path:
     return path
 
 
-def open_and_run(page: Any, address: str, name: str) -> None:
-    """Open a notebook in JupyterLab and run all its cells, when its kernel is there."""
+def open_and_run(page: Any, address: str, name: str, cells: int | None = None) -> None:
+    """Open a notebook in JupyterLab and run its first cells, by default all, when its kernel is there."""
     page.goto(address.format(name))
     # The indicator says idle before there is a kernel; the status bar does not.
     page.wait_for_function("() => /ipykernel\\) \\| Idle/.test(document.body.innerText)", timeout=60_000)
-    page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    if cells is None:
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    for _ in range(cells or 0):
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
     page.wait_for_function(
-        "() => ![...document.querySelectorAll('.jp-InputPrompt')].some((p) => /\\[( |\\*)?\\]/.test(p.innerText))",
+        """(count) => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
+            .slice(0, count ?? undefined).every((prompt) => /\\[\\d+\\]/.test(prompt.innerText))""",
+        arg=cells,
         timeout=120_000,
     )

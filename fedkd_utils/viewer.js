@@ -13,6 +13,9 @@ function element(name, attributes = {}, ...children) {
   return made;
 }
 
+/** JupyterLab's shortcuts are off while this has the focus: the arrow keys move a slider. */
+const keepKeys = (made) => (made.dataset.lmSuppressShortcuts = "true");
+
 async function render({ model, el }) {
   const facts = model.get("_facts");
   const raw = model.get("_voxels");
@@ -110,8 +113,8 @@ async function render({ model, el }) {
   const hint = element("div", { className: "hint" });
   hint.textContent = `Click a picture, then: wheel or Page Up/Down slices, arrows crosshair, right-drag window and level${keys}, x crosshair, r reset.`;
   const root = element("div", { className: "fedkd-viewer" });
-  root.dataset.lmSuppressShortcuts = "true"; // JupyterLab: the keys are ours while a picture has the focus
   root.append(element("div", { className: "title", textContent: facts.title }), first, second, third, panels, readout, hint);
+  root.querySelectorAll("input, select, button").forEach(keepKeys);
   el.append(root);
 
   // ---------------------------------------------------------------------------------------------------- pictures
@@ -140,6 +143,7 @@ async function render({ model, el }) {
   function layout(pictures, cuts) {
     while (canvases.length < pictures.length) {
       const canvas = element("canvas", { tabIndex: 0, role: "img" });
+      keepKeys(canvas);
       const caption = element("figcaption");
       panels.append(element("figure", {}, caption, canvas));
       listen(canvas, canvases.length);

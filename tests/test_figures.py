@@ -63,6 +63,16 @@ def test_the_same_data_give_the_same_bytes(monkeypatch):
     assert shown[0] == shown[1] and b"Software" not in shown[0]
 
 
+def test_a_png_is_small_and_true_to_its_colours():
+    figure, _ = figures.montage(*(knee()[0], SPACING, knee()[1]))
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", bbox_inches="tight")
+    small = figures.png(figure)
+    one, other = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (whole, io.BytesIO(small)))
+    assert len(small) < 0.9 * whole.tell() and np.abs(one - other).max() <= 2
+    assert (other[0, 0] == 255).all(), "white stays white"
+
+
 # ------------------------------------------------------------------------------------------------------------- colours
 #: Machado, Oliveira, Fernandes 2009 (doi:10.1109/TVCG.2009.113), severity 1, on linear RGB.
 BLIND = {
