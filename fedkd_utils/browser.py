@@ -123,11 +123,16 @@ def write_notebook(path: Path, cells: Sequence[str]) -> Path:
     return path
 
 
-def open_and_run(page: Any, address: str, name: str, cells: int | None = None) -> None:
-    """Open a notebook in JupyterLab and run its first cells, by default all, when its kernel is there."""
+def open_notebook(page: Any, address: str, name: str) -> None:
+    """Open a notebook in JupyterLab and wait for its kernel."""
     page.goto(address.format(name))
     # The indicator says idle before there is a kernel; the status bar does not.
     page.wait_for_function("() => /ipykernel\\) \\| Idle/.test(document.body.innerText)", timeout=60_000)
+
+
+def open_and_run(page: Any, address: str, name: str, cells: int | None = None) -> None:
+    """Open a notebook in JupyterLab and run its first cells, by default all."""
+    open_notebook(page, address, name)
     if cells is None:
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     for _ in range(cells or 0):

@@ -346,7 +346,7 @@ def test_the_saved_notebook_is_small_and_shows_pictures_without_a_kernel(lab):
     assert all("image/png" in o.data and rules.alt_text(o) == o.data["text/plain"] for o in outputs)
     assert (lab.folder / "see.ipynb").stat().st_size < rules.MAX_BYTES
     with browser.jupyter_lab(lab.folder) as another_person:  # who has not run it, and has not trusted it
-        lab.page.goto(another_person.format("see.ipynb"))
+        browser.open_notebook(lab.page, another_person, "see.ipynb")
         lab.page.wait_for_function(
             "(n) => document.querySelectorAll('.jp-OutputArea-output img').length === n", arg=len(outputs)
         )
