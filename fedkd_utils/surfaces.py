@@ -98,10 +98,10 @@ def show_surfaces(
     """
     if colour not in ("class", *SCALES):
         raise ValueError(f"colour is {colour!r}: choose class, distance or thickness.")
-    named: Mapping[str, Label] = labels if isinstance(labels, Mapping) else {"label": labels}
+    named: Mapping[str, Label] = labels if isinstance(labels, Mapping) else {"": labels}
     panels, shapes = [], {}
     for name, given in named.items():
-        label, spacing = _label(given, spacing_mm, name)
+        label, spacing = _label(given, spacing_mm, name or "the label")
         panels.append(_Panel(name, label, spacing))
         shapes[name] = (label.shape, spacing)
     if not any(panel.meshes for panel in panels):
