@@ -1,7 +1,8 @@
 # The course in three commands: `make run`, `make test`, `make lab`. Only Python 3.11+ and make are needed.
 
-# The same number of threads everywhere (here, tests/conftest.py, the kernels): digits of a training depend on it.
-export OMP_NUM_THREADS ?= 2
+# One thread a client, as many clients side by side as there are cores. The same number of threads everywhere (here,
+# tests/conftest.py, the kernels): digits of a training depend on it, and with one they do not depend on the cores.
+export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PREFER_ENV_PATH = 1
 export PYTHONUNBUFFERED = 1
@@ -15,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab notebooks demo clean
+.PHONY: help setup run test lab results notebooks demo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -41,6 +42,11 @@ test: setup  ## lint, types, unit tests, then every notebook strictly against it
 
 lab: setup  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+results: setup  ## days: tune every row, run every grid of the reference profile, print the differences; stop any time
+	@$(BIN)/python -m fedkd_utils tune --profile reference
+	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
+	@$(BIN)/python -m fedkd_utils results --profile reference
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them
 	@$(BIN)/python -m fedkd_utils notebooks

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, cache_folder
+
+#: How much longer than the repository's teacher one of random contrasts is trained.
+ANY_CONTRAST = 3
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +20,7 @@ def _course(arguments: argparse.Namespace) -> None:
 
     page = publish.run_course(PROJECT / "notebooks", PROJECT / "build" / "course")
     print("\nComparison on the test volumes (quick profile, seed 0; every digit has the spread of one seed):\n")
-    _compare(argparse.Namespace(profile="quick", setting=[SETTINGS_OF_CLIENTS[0]], row=None, seed=[0]))
+    _compare(argparse.Namespace(profile="quick", setting=SETTINGS_OF_CLIENTS, row=None, seed=[0]))
     print(f"\nRead the course in a browser: {page}")
 
 
@@ -57,29 +61,73 @@ def _teacher(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts, experiments
-    from fedkd_utils.methods import ROWS
+    from fedkd_utils.methods import COURSE_ROWS
 
     settings = PROFILES[arguments.profile]
     results = []
     for setting in arguments.setting:
         sites = experiments.load_clients(cohorts.make_cohort(settings, setting), settings)
-        for row in arguments.row or list(ROWS):
+        for row in arguments.row or COURSE_ROWS:
             for seed in arguments.seed:
                 results.append(experiments.run_row(row, setting, seed, settings, sites=sites))
     table = experiments.comparison_table(results)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
 
 
+def _run(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    points = runner.points_of(arguments.grid, settings, folder, arguments.seed)
+    points = [point for point in points if point.setting in arguments.setting]
+    points = runner.choose(points, arguments.only, _part(arguments.part))
+    if arguments.list:
+        for point in points:
+            print(point.name)
+        return
+    runner.run_points(points, settings, folder, again=arguments.again, workers=arguments.workers)
+
+
+def _part(text: str) -> tuple[int, int]:
+    k, slash, n = text.partition("/")
+    if not (k.isdigit() and n.isdigit() and slash):
+        raise ValueError(f"--part takes two numbers, as in 1/2, and not {text!r}.")
+    return int(k), int(n)
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+    from fedkd_utils.methods import ROWS
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    rates = runner.tune(arguments.row or list(ROWS), settings, folder, workers=arguments.workers)
+    print("\n".join(f"{row:20s} {rate:g}" for row, rate in rates.items()))
+
+
+def _results(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import grids, runner
+
+    settings = PROFILES[arguments.profile]
+    folder = runner.results_folder(PROJECT, settings)
+    for name in grids.GRIDS:
+        print(runner.report(name, settings, folder, arguments.seed))
+
+
 def _segment(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts, networks, segment, teacher, training
 
     settings = PROFILES[arguments.profile]
+    segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
     if arguments.checkpoint:
         network = networks.build_network(settings, 0)
         state, _ = networks.load_checkpoint(arguments.checkpoint)
         networks.load_state(network, state, str(arguments.checkpoint))
     else:
-        scanner = "random" if arguments.contrast == "any" else "repository_dess"
+        scanner = "repository_dess"
+        if arguments.contrast == "any":  # every contrast at once takes longer to learn
+            scanner, settings = "random", replace(settings, teacher_steps=ANY_CONTRAST * settings.teacher_steps)
         site = cohorts.make_repository(settings, scanner)
         with training.progress_bar(settings.teacher_steps, "teacher") as advance:
             network = teacher.teacher_on(site, settings, progress=advance).network
@@ -91,10 +139,21 @@ def _segment(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts
+    from fedkd_utils import cohorts, figures, transforms
 
-    cohorts.write_demonstration(PROJECT / "data" / "demo")
-    print(PROJECT / "data" / "demo")
+    folder = PROJECT / "data" / "demo"
+    cohorts.write_demonstration(folder)
+    volumes, spacings = {}, {}
+    for name, scanner in cohorts.DEMONSTRATION.items():
+        pair = [
+            transforms.to_ras(*transforms.read_volume(folder / f"{kind}_{name}.nii.gz")) for kind in ("knee", "label")
+        ]
+        title = cohorts.SCANNERS[scanner].title.replace(", ", ",\n")
+        volumes[title] = (pair[0][0], pair[1][0])
+        spacings[title] = transforms.voxel_sizes_mm(pair[0][1])
+    figure, alt = figures.side_by_side(volumes, spacings)
+    figure.savefig(folder / "knees.png", dpi=90, bbox_inches="tight", metadata={"Software": None})
+    print(f"{folder}\nknees.png: {alt.replace(chr(10), chr(32))}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,8 +184,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compare", _compare, "run rows of the comparison and print the table (what is done is not redone)")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=[SETTINGS_OF_CLIENTS[0]])
-    sub.add_argument("--row", nargs="+", help="default: all")
+    sub.add_argument("--row", nargs="+", help="default: those of the course")
     sub.add_argument("--seed", type=int, nargs="+", default=[0])
+    sub = command("tune", _tune, "choose each row's learning rate on validation (what is done is not redone)")
+    profile(sub)
+    sub.add_argument("--row", nargs="+", help="default: all")
+    sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
+    sub = command("run", _run, "run a grid of rows, settings and seeds into data/results (what is done is not redone)")
+    profile(sub)
+    sub.add_argument("--grid", default="all", help="all, rows, beyond or an ablation; an unknown name lists them")
+    sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))
+    sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    sub.add_argument("--only", nargs="+", default=[], help="names of points, * for any text")
+    sub.add_argument("--part", default="1/1", help="1/2 and 2/2 for two processes that share the work")
+    sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
+    sub.add_argument("--again", action="store_true", help="make stale results again")
+    sub.add_argument("--list", action="store_true", help="only name the points")
+    sub = command("results", _results, "say what is done, stale and missing, and print the differences")
+    profile(sub)
+    sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     sub = command("segment", _segment, "segment a knee of your own (NIfTI, any orientation and spacing)")
     profile(sub)
     sub.add_argument("volume", type=Path)
@@ -139,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         help="teacher trained on DESS, or on random contrasts (default: any)",
     )
     sub.add_argument("--preview", type=Path, help="also write a picture (PNG)")
-    command("demo", _demo, "write data/demo again")
+    command("demo", _demo, "write data/demo again, with the picture of the README")
     return parser
 
 

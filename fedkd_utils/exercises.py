@@ -31,11 +31,17 @@ _rng = np.random.default_rng(20231)
 _torch_rng = torch.Generator().manual_seed(20231)
 _affine = np.array([[0, 0, 4.0, -30], [-1.2, 0, 0, 40], [0, -1.1, 0, 50], [0, 0, 0, 1]])
 _labels = _rng.integers(0, 4, (2, 6, 5, 4))
+_points = _rng.permutation(200)[:24].reshape(8, 3)
 _logits = torch.randn(2, 4, 3, 4, 5, generator=_torch_rng, dtype=torch.float64)
 _targets = torch.randint(4, (2, 3, 4, 5), generator=_torch_rng)
 _state = [{"w": torch.randn(3, 2, generator=_torch_rng), "b": torch.randn(2, generator=_torch_rng)} for _ in range(3)]
 _mixed = {"w": torch.zeros(3, 2), "half": torch.zeros(5, dtype=torch.float16), "count": torch.tensor(3)}
 _features = [torch.randn(2, 8, 2, 3, 2, generator=_torch_rng, dtype=torch.float64) for _ in range(2)]
+
+
+def _hausdorff(a: Any, b: Any, spacing_mm: Any, of_two: Any, of_many: Any) -> float:
+    apart = np.linalg.norm((a[:, None] - b[None]) * np.asarray(spacing_mm), axis=2)
+    return float(of_two(of_many(apart.min(axis=1)), of_many(apart.min(axis=0))))
 
 
 def _dice(a: Any, b: Any, value: int) -> float:
@@ -144,12 +150,49 @@ EXERCISES: dict[str, Exercise] = {
             ),
         },
     ),
+    "poly_learning_rate": Exercise(
+        lambda initial, step, total_steps: initial * (1 - step / total_steps) ** 0.9,
+        [(0.01, 0, 144), (0.01, 36, 144), (0.1, 143, 144)],
+        {
+            "that is a straight line: the power 0.9 is missing.": lambda i, s, n: i * (1 - s / n),
+            "the power belongs to the bracket, not to the quotient alone.": lambda i, s, n: i * (1 - (s / n) ** 0.9),
+            "it falls from the initial rate to zero, not the other way.": lambda i, s, n: i * (s / n) ** 0.9,
+        },
+    ),
     "voe": Exercise(
         lambda dice: 1 - dice / (2 - dice),
         [(0.8,), (0.5,), (1.0,)],
         {
             "one minus Dice is not the overlap error: the union is not the sum.": lambda d: 1 - d,
             "that is the Jaccard index itself; the error is one minus it.": lambda d: d / (2 - d),
+        },
+    ),
+    "volume_difference": Exercise(
+        lambda prediction, truth: (prediction.sum() - truth.sum()) / truth.sum() if truth.any() else math.nan,
+        [(_labels[0] == 1, _labels[1] < 3), (_labels[0] > 0, _labels[1] == 2), (_labels[0] == 1, _labels[1] > 9)],
+        {
+            "keep the sign: too much is positive, too little negative.": lambda p, t: (
+                abs(int(p.sum()) - int(t.sum())) / t.sum() if t.any() else math.nan
+            ),
+            "it is a share of the truth, not of the prediction.": lambda p, t: (
+                (p.sum() - t.sum()) / p.sum() if t.any() else math.nan
+            ),
+            "without a truth there is no share of it: NaN.": lambda p, t: (
+                (p.sum() - t.sum()) / t.sum() if t.any() else 0.0
+            ),
+        },
+    ),
+    "hausdorff_mm": Exercise(
+        lambda a, b, spacing_mm: _hausdorff(a, b, spacing_mm, max, np.max),
+        [(_points[:5], _points[5:], (4.0, 1.2, 1.2)), (_points[3:], _points[:6], (1.5, 0.4, 0.7))],
+        {
+            "that is in voxels: multiply each axis by its spacing.": lambda a, b, s: _hausdorff(
+                a, b, (1, 1, 1), max, np.max
+            ),
+            "both directions count: take the larger, not the smaller.": lambda a, b, s: _hausdorff(
+                a, b, s, min, np.max
+            ),
+            "the largest of the nearest distances, not their mean.": lambda a, b, s: _hausdorff(a, b, s, max, np.mean),
         },
     ),
     "fedavg": Exercise(
@@ -226,6 +269,17 @@ EXERCISES: dict[str, Exercise] = {
                 n: a * t[n] + (1 - a) * s[n] for n in t
             },
             "the teacher has to shrink by what the student adds.": lambda t, s, a: {n: t[n] + a * s[n] for n in t},
+        },
+    ),
+    "teacher_left": Exercise(
+        lambda rates: math.prod(1 - a for a in rates),
+        [([0.0, 0.2, 0.5],), ([0.9, 0.99],), ([0.1] * 10,)],
+        {
+            "each blend leaves 1 - a of what was left before: multiply, do not subtract the sum.": lambda r: 1 - sum(r),
+            "that is the share of the students; what is left of the teacher is the rest.": lambda r: (
+                1 - math.prod(1 - a for a in r)
+            ),
+            "a is the share that the student takes, 1 - a what stays.": math.prod,
         },
     ),
     "bytes_saved": Exercise(

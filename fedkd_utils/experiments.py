@@ -6,22 +6,25 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from fedkd_utils import cohorts, transforms
 from fedkd_utils.federation import FEDERATION_CODE, FederationResult, run_federation, total_progress
-from fedkd_utils.methods import ROWS
+from fedkd_utils.methods import ROWS, Method
 from fedkd_utils.networks import (
     CheckpointError,
     State,
     TappedNetwork,
     build_network,
+    build_student,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -29,8 +32,8 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
-from fedkd_utils.teacher import FROZEN, TeacherUpdate, teacher_for
-from fedkd_utils.training import Progress, evaluate_cases, progress_bar
+from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
+from fedkd_utils.training import Progress, TrainingError, evaluate_cases, progress_bar
 from fedkd_utils.transforms import SiteData
 
 _CODE = (*FEDERATION_CODE, "experiments")
@@ -55,6 +58,7 @@ class Result:
     wall_seconds: float  # of training and validation; the teacher's and the test's are not in it
     cpu_seconds: float
     steps: int
+    teacher: dict[str, Any] = field(default_factory=dict)  # of the pretrained one: seconds, validation Dice; or empty
 
     def history_frame(self) -> pd.DataFrame:
         """Per round and client: losses, validation Dice (mean and by cartilage), seconds."""
@@ -72,6 +76,47 @@ def load_clients(cohort: cohorts.Cohort, settings: Settings) -> list[SiteData]:
     return [transforms.load_site(site, settings) for site in cohort.clients]
 
 
+def few(cohort: cohorts.Cohort, settings: Settings) -> cohorts.Cohort:
+    """The same cohort with the first ``client_labelled`` and ``client_unlabelled`` volumes of each client only.
+
+    So that numbers of volumes are compared on one cohort: the same volumes and more, the same test volumes.
+    """
+    kept = [
+        replace(
+            site,
+            training=site.training[: settings.client_labelled],
+            unlabelled=site.unlabelled[: settings.client_unlabelled],
+        )
+        for site in cohort.clients
+    ]
+    return replace(cohort, clients=tuple(kept))
+
+
+def pooled_site(cohort: cohorts.Cohort, settings: Settings) -> SiteData:
+    """One site that holds the volumes of all clients, with a label for every one of them, in memory.
+
+    For the upper bound only: it breaks both rules of the course, that volumes stay and that few are labelled.
+
+    Raises:
+        VolumeError: the truth of an unlabelled volume is not there, or clients label different classes.
+    """
+    labelled: list[cohorts.Item] = []
+    validation: list[cohorts.Item] = []
+    for site in cohort.clients:
+        hidden = [replace(item, label=cohorts.hidden_label(item)) for item in site.unlabelled]
+        missing = [item.label for item in hidden if item.label is not None and not item.label.is_file()]
+        if missing:
+            raise transforms.VolumeError(
+                f"{missing[0]}: no hidden truth, so nothing can be pooled. Leave the row out for a cohort of your own."
+            )
+        labelled += [*site.training, *hidden]
+        validation += site.validation
+    if len({item.labelled_classes for item in labelled}) > 1:
+        raise transforms.VolumeError("The clients label different classes: leave the pooled row out.")
+    together = cohorts.Site("pooled", cohort.clients[0].folder.parent, tuple(labelled), (), tuple(validation), ())
+    return transforms.load_site(together, settings)
+
+
 def run_row(
     row: str,
     setting: str,
@@ -80,9 +125,11 @@ def run_row(
     root: Path | None = None,
     *,
     teacher_update: TeacherUpdate = FROZEN,
+    on_disk: Settings | None = None,
     sites: Sequence[SiteData] | None = None,
     workers: int | None = None,
     show_progress: bool = True,
+    keep: bool = True,
 ) -> Result:
     """Run a row once and keep it: the next call with the same inputs reads the result file.
 
@@ -91,31 +138,33 @@ def run_row(
 
     Args:
         root: the cache folder, :func:`settings.cache_folder` when not given.
+        on_disk: settings of a larger cohort, of which each client uses what ``settings`` says (:func:`few`).
         sites: the clients in memory (:func:`load_clients`), to load them once for many rows.
         show_progress: a bar in Jupyter or on a terminal.
+        keep: leave result and models in the cache; else only the result is returned, and nothing is left.
 
     Raises:
         ValueError: an unknown row.
     """
-    if row not in ROWS:
-        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
-    method, base = ROWS[row], root or cache_folder()
-    cohort = cohorts.make_cohort(settings, setting, root=root)
-    network: TappedNetwork | None = None
-    if method.needs_teacher:
-        network = _teacher(settings, setting, root, show_progress)
+    ready = _ready(row, setting, settings, root, on_disk, show_progress)
+    method, settings, cohort, base = ready.method, ready.settings, ready.cohort, root or cache_folder()
+    network, teacher = ready.network, ready.teacher
     inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
     folder = base / "runs" / _folder_name(settings.name, setting, row, seed, inputs)
+    label = f"{method.title}, {setting}"
     stored = _stored(folder, inputs)
     if stored is not None:
+        with progress_bar(1, label) if show_progress else nullcontext(_silent) as advance:
+            advance(1, "read from its file")
         return stored
     data = list(sites) if sites is not None else load_clients(cohort, settings)
-    total = total_progress(settings, row, data, teacher_update) + len(data)
-    with progress_bar(total, f"{method.title}, {setting}") if show_progress else nullcontext(_silent) as advance:
+    trained = _trained_on(ready, data)
+    total = total_progress(settings, row, trained, teacher_update) + len(data)
+    with progress_bar(total, label) if show_progress else nullcontext(_silent) as advance:
         outcome = run_federation(
             settings,
             row,
-            data,
+            trained,
             network,
             seed,
             folder,
@@ -123,6 +172,8 @@ def run_row(
             workers=workers,
             progress=advance,
         )
+        if method.pooled:
+            outcome = for_all(outcome, [site.name for site in data])
         test = _test(outcome, data, settings, advance)
     result = Result(
         row=row,
@@ -140,21 +191,88 @@ def run_row(
         wall_seconds=outcome.seconds,
         cpu_seconds=outcome.cpu_seconds,
         steps=outcome.steps,
+        teacher={"seconds": teacher.seconds, "validation": teacher.best_dice} if teacher is not None else {},
     )
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+        return result
     _save_models(folder / "model.safetensors", outcome, inputs)
     write_atomically(folder / "result.json", result_json(result))
     (folder / "round.safetensors").unlink(missing_ok=True)
     return result
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """What a run of a row needs before any volume is loaded."""
+
+    method: Method
+    settings: Settings  # those of the row
+    cohort: cohorts.Cohort
+    teacher: Teacher | None
+
+    @property
+    def network(self) -> TappedNetwork | None:
+        return self.teacher.network if self.teacher is not None else None
+
+
+def _ready(
+    row: str, setting: str, settings: Settings, root: Path | None, on_disk: Settings | None, show_progress: bool
+) -> _Ready:
+    if row not in ROWS:
+        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
+    method = ROWS[row]
+    settings = method.adapt(settings)
+    cohort = few(cohorts.make_cohort(on_disk or settings, setting, root=root), settings)
+    if method.pooled:  # all steps of all clients, one after the other
+        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
+    teacher = _teacher(settings, root, show_progress) if method.needs_teacher else None
+    return _Ready(method, settings, cohort, teacher)
+
+
+def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
+    return [pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+
+
+def validated(
+    row: str,
+    setting: str,
+    seed: int,
+    settings: Settings,
+    root: Path | None = None,
+    *,
+    sites: Sequence[SiteData] | None = None,
+    workers: int | None = None,
+) -> float:
+    """The mean validation Dice of a row after its best round; no test volume is looked at. Nothing is kept.
+
+    It chooses learning rates. A loss that is no longer finite counts as NaN.
+    """
+    ready = _ready(row, setting, settings, root, None, False)
+    data = list(sites) if sites is not None else load_clients(ready.cohort, ready.settings)
+    try:
+        outcome = run_federation(ready.settings, row, _trained_on(ready, data), ready.network, seed, workers=workers)
+    except (TrainingError, CheckpointError):
+        return float("nan")
+    history = outcome.history.set_index(["client", "round"])["validation"]
+    return float(np.mean([history[client, chosen] for client, chosen in outcome.best_round.items()]))
+
+
 def _silent(steps: int, note: str) -> None:
     return None
 
 
-def _teacher(settings: Settings, setting: str, root: Path | None, show_progress: bool) -> TappedNetwork:
+def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult:
+    """A result of one site as that of several, which all use its model."""
+    (model,), (best_round,) = outcome.models.values(), outcome.best_round.values()
+    return replace(outcome, models=dict.fromkeys(names, model), best_round=dict.fromkeys(names, best_round))
+
+
+def _teacher(settings: Settings, root: Path | None, show_progress: bool) -> Teacher:
     """The course's one teacher (seed 0): runs of several seeds differ in the students, not in the teacher."""
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
-        return teacher_for(settings, setting, 0, root, advance).network
+        repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+        return teacher_on(repository, settings, 0, root, advance)
 
 
 def _inputs(
@@ -168,10 +286,13 @@ def _inputs(
 ) -> str:
     paths: list[Path] = []
     for site in cohort.clients:
-        for item in (*site.training, *site.unlabelled, *site.validation, *site.test):
+        for item in site.items:
             paths += [item.image] if item.label is None else [item.image, item.label]
+        if ROWS[row].pooled:
+            paths += [cohorts.hidden_label(item) for item in site.unlabelled]
     parts = {
         "row": row,
+        "method": ROWS[row].identity(),
         "setting": setting,
         "seed": seed,
         "settings": dataclasses.asdict(settings),
@@ -187,7 +308,7 @@ def _inputs(
 def _test(
     outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
 ) -> list[dict[str, Any]]:
-    network = build_network(settings, 0)
+    network = (build_network if outcome.method.objective is None else build_student)(settings, 0)
     rows: list[dict[str, Any]] = []
     for site in sites:
         load_state(network, outcome.models[site.name])
@@ -236,7 +357,8 @@ def _stored(folder: Path, inputs: str) -> Result | None:
 def _save_models(path: Path, outcome: FederationResult, inputs: str) -> None:
     """The chosen students in one file: one when all clients share it, else one per client."""
     names = sorted(outcome.models)
-    shared = outcome.method.federated or outcome.method.objective is None
+    first = outcome.models[names[0]]
+    shared = all(outcome.models[name] is first for name in names)
     owners = names[:1] if shared else names
     tensors = {f"{i}/{name}": t for i, owner in enumerate(owners) for name, t in outcome.models[owner].items()}
     save_checkpoint(path, tensors, {"inputs": inputs, "clients": names, "shared": shared})

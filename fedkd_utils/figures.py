@@ -21,18 +21,46 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedkd_utils.methods import ROWS
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
 
 #: Femoral red, tibial green, patellar blue as in the paper's figures, in shades that differ in lightness too (Tol).
 CLASS_COLOURS = {"femoral": "#CC3311", "tibial": "#44AA77", "patellar": "#33BBEE"}
 CLASS_LINES: dict[str, Any] = {"femoral": "-", "tibial": "--", "patellar": ":"}
 
-#: Colour, marker and line of every row of the comparison, the same in all figures.
+_ROW_LOOKS: dict[str, tuple[str, str, str]] = {
+    "teacher_only": ("#777777", "s", ":"),
+    "local_only": ("#EE7733", "^", "--"),
+    "local_uamt": ("#EE7733", "^", ":"),
+    "finetune": ("#222222", "P", "-"),
+    "finetune_uamt": ("#222222", "P", ":"),
+    "fedavg": ("#0077BB", "o", "-."),
+    "fedprox": ("#0077BB", "o", "--"),
+    "fedbn": ("#0077BB", "o", ":"),
+    "mean_teacher": ("#33BBEE", "v", "-"),
+    "uamt": ("#33BBEE", "v", "--"),
+    "ssfl_released": ("#009988", "<", "-"),
+    "ssfl_published": ("#009988", "<", "--"),
+    "fedsemi": ("#009988", ">", "-."),
+    "dual_kd": ("#AA3377", "D", "-"),
+    "feature_only": ("#AA3377", "D", "--"),
+    "response_only": ("#AA3377", "D", "-."),
+    "neither": ("#AA3377", "D", ":"),
+    "pooled": ("#999933", "*", "-"),
+    "teacher_random": ("#777777", "s", "--"),
+    "finetune_random": ("#222222", "X", "-."),
+    "dual_kd_random": ("#CC6677", "d", "-"),
+    "strong_kd": ("#CC3311", "p", "-"),
+    "strong_kd_random": ("#CC3311", "p", "--"),
+    "trusted_kd": ("#CC3311", "p", "-."),
+    "started_kd": ("#CC3311", "p", ":"),
+    "combined_kd": ("#882255", "h", "-"),
+    "small_fedavg": ("#0077BB", ".", "-"),
+    "small_kd": ("#CC3311", ".", "--"),
+}
+#: Title, colour, marker and line of every row of the comparison, the same in all figures.
 ROW_STYLE: dict[str, tuple[str, str, str, str]] = {
-    "teacher_only": ("Teacher only", "#777777", "s", ":"),
-    "local_only": ("Local only", "#EE7733", "^", "--"),
-    "fedavg": ("FedAvg, labelled only", "#0077BB", "o", "-."),
-    "dual_kd": ("Dual distillation", "#AA3377", "D", "-"),
+    name: (method.title, *_ROW_LOOKS[name]) for name, method in ROWS.items()
 }
 _BY_TITLE = {title: (colour, marker, line) for title, colour, marker, line in ROW_STYLE.values()}
 _OTHERS = [
@@ -347,9 +375,80 @@ def bars_of_bytes(ledger: pd.DataFrame) -> Drawn:
         )
         base += height
     axes[0, 0].set(xlabel="round", ylabel="MB of all clients", title="What travels")
-    axes[0, 0].legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(sums.columns), frameon=False)
     totals = "; ".join(f"{kind} {total / 1e6:.1f} MB" for kind, total in sums.sum().items())
     return (
         figure,
         f"Megabytes sent in each round of {sums.index.max()}, stacked by kind and direction. In all: {totals}.",
     )
+
+
+def forest(frame: pd.DataFrame, title: str, xlabel: str) -> Drawn:
+    """Differences with their intervals, one line each and zero marked: ``frame`` has row, difference, low and high.
+
+    A filled marker says that the interval excludes zero. Rows keep their order, from the top.
+    """
+    figure, axes = _new(1, 1, 6.6, 0.3 * len(frame) + 1.3)
+    axis, names = axes[0, 0], [_title(row) for row in frame["row"]]
+    above = below = 0
+    for y, line in enumerate(frame.itertuples()):
+        colour = ROW_STYLE[line.row][1] if line.row in ROW_STYLE else "#222222"
+        clear = line.low > 0 or line.high < 0
+        above, below = above + (line.low > 0), below + (line.high < 0)
+        axis.plot([line.low, line.high], [y, y], color=colour, linewidth=2)
+        axis.plot([line.difference], [y], "o", color=colour, fillstyle="full" if clear else "none", markersize=6)
+    axis.axvline(0, color="#222222", linewidth=1)
+    axis.set(title=title, xlabel=xlabel, yticks=range(len(frame)), ylim=(len(frame) - 0.5, -0.5))
+    axis.set_yticklabels(names, fontsize=8)
+    return figure, (
+        f"{title}: {len(frame)} differences as points with 95 % intervals as bars; {above} lie above zero, {below} "
+        f"below it, and {len(frame) - above - below} hold zero inside. From the top: {'; '.join(names)}."
+    )
+
+
+def pareto(frame: pd.DataFrame, cost: str, xlabel: str, title: str) -> Drawn:
+    """Dice against a cost, one marker a row, and the front: the rows that no cheaper row reaches.
+
+    Args:
+        frame: columns row, dice and the one named by ``cost``.
+    """
+    figure, axes = _new(1, 1, 7.4, 4.2)
+    axis, front = axes[0, 0], pareto_front(frame, cost)
+    for line in frame.itertuples():
+        name, colour, marker, _ = ROW_STYLE[line.row]
+        on = line.row in front
+        axis.plot(
+            [getattr(line, cost)],
+            [line.dice],
+            marker,
+            color=colour,
+            markersize=9 if on else 6,
+            fillstyle="full" if on else "none",
+            label=name,
+        )
+    edge = frame[frame["row"].isin(front)].sort_values([cost, "dice"])
+    axis.plot(edge[cost], edge["dice"], color="#222222", linewidth=1, drawstyle="steps-post", zorder=0)
+    axis.set(title=title, xlabel=xlabel, ylabel="mean Dice")
+    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    on_front = "; ".join(_title(row) for row in front)
+    return (
+        figure,
+        f"{title}: mean Dice over {xlabel} of {len(frame)} rows. On the front, from cheap to dear: {on_front}.",
+    )
+
+
+def pareto_front(frame: pd.DataFrame, cost: str) -> list[str]:
+    """The rows with a higher Dice than every row that costs no more, from cheap to dear."""
+    front: list[str] = []
+    best = -np.inf
+    for line in frame.sort_values([cost, "dice"], ascending=[True, False]).itertuples():
+        if line.dice > best:
+            front.append(str(line.row))
+            best = float(line.dice)
+    return front
+
+
+def _title(row: str) -> str:
+    """The title of a row, or of a row and what differs, "dual_kd clients_2"."""
+    name, _, label = row.partition(" ")
+    return f"{ROWS[name].title} ({label.replace('_', ' ').replace('+', ', ')})" if label else ROWS[name].title

@@ -43,6 +43,24 @@ def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[i
         ValueError: shapes do not fit, a label outside 0..C-1, or a labelled class that the network does not
         have.
     """
+    log_p, y = _log_probabilities_and_truth(logits, labels, labelled_classes)
+    cross_entropy = -(log_p * y).sum() / labels.numel()
+    p, y = log_p.exp().flatten(2), y.flatten(2)  # (B, C, V)
+    overlap, size = (p * y).sum(2), p.sum(2) + y.sum(2)  # (B, C)
+    dice_loss = (1 - (2 * overlap + 1) / (size + 1)).mean()
+    return 0.5 * cross_entropy + 0.5 * dice_loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, labelled_classes: Sequence[int] | None = None) -> Tensor:
+    """CE = -mean_v ln p_y alone, with the arguments and errors of :func:`supervised_loss`."""
+    log_p, y = _log_probabilities_and_truth(logits, labels, labelled_classes)
+    return -(log_p * y).sum() / labels.numel()
+
+
+def _log_probabilities_and_truth(
+    logits: Tensor, labels: Tensor, labelled_classes: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """ln p and one-hot labels, (B, C, ...) each, with unlabelled classes merged into the background."""
     if logits.ndim < 2 or labels.shape != (logits.shape[0], *logits.shape[2:]):
         raise ValueError(
             f"Labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}: "
@@ -60,12 +78,7 @@ def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[i
         n_classes = logits.shape[1]
     log_p = functional.log_softmax(logits, dim=1)
     classes = torch.arange(n_classes, device=labels.device).view(1, -1, *([1] * (labels.ndim - 1)))
-    y = (labels.unsqueeze(1) == classes).to(log_p.dtype)  # (B, C, ...) one-hot
-    cross_entropy = -(log_p * y).sum() / labels.numel()
-    p, y = log_p.exp().flatten(2), y.flatten(2)  # (B, C, V)
-    overlap, size = (p * y).sum(2), p.sum(2) + y.sum(2)  # (B, C)
-    dice_loss = (1 - (2 * overlap + 1) / (size + 1)).mean()
-    return 0.5 * cross_entropy + 0.5 * dice_loss
+    return log_p, (labels.unsqueeze(1) == classes).to(log_p.dtype)
 
 
 def _merge_unlabelled_into_background(
@@ -145,14 +158,49 @@ def response_distillation(student_logits: Tensor, teacher_probabilities: Tensor,
     return squares.sum() / (student_logits.shape[1] * weight + EMPTY_MASK_GUARD)
 
 
-def _masked_squares(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
-    """m_v sum_c (p_c - q_c)^2 of every voxel, (B, ...)."""
+def response_cross_entropy_dice(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
+    """L_resp = 1/2 CE(q, p) + 1/2 (1/C) sum_c [1 - (2 sum_v p_c q_c + 1) / (sum_v p_c^2 + sum_v q_c^2 + 1)].
+
+    Sums and means run over trusted voxels. Ours: squares of probabilities have next to no gradient where a student is
+    sure and wrong, and thin cartilage is lost in a mean over voxels. CE = -mean_v sum_c q_c ln p_c. The squares in the
+    Dice term (Milletari et al., arXiv 1606.04797) make p = q its minimum, 0, also for a soft q. Arguments as for
+    :func:`response_distillation`; 0 when the mask is empty.
+    """
+    _check_response(student_logits, teacher_probabilities, mask)
+    q, m = teacher_probabilities.detach(), mask.detach().unsqueeze(1).to(student_logits.dtype)
+    log_p = functional.log_softmax(student_logits, dim=1)
+    cross_entropy = -(q * log_p * m).sum() / (m.sum() + EMPTY_MASK_GUARD)
+    p, q = (log_p.exp() * m).flatten(2), (q * m).flatten(2)
+    size = p.square().sum(2) + q.square().sum(2)  # (B, C)
+    return 0.5 * cross_entropy + 0.5 * (1 - (2 * (p * q).sum(2) + 1) / (size + 1)).mean()
+
+
+def pseudo_label_loss(logits: Tensor, probabilities: Tensor, confidence: float) -> Tensor:
+    """mean_v 1[max_c p_c >= confidence] CE(z, argmax_c p_c): p names the class, the gradient goes through z only.
+
+    The mean is over all voxels, sure or not.
+
+    Args:
+        logits: z (B, C, ...), to be taught.
+        probabilities: p (B, C, ...), of the same or of a less disturbed volume.
+    """
+    surest, classes = probabilities.detach().max(dim=1)
+    wrong = functional.cross_entropy(logits, classes, reduction="none")
+    return (wrong * (surest >= confidence)).mean()
+
+
+def _check_response(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> None:
     if student_logits.shape != teacher_probabilities.shape:
         raise ValueError(
             f"Student {tuple(student_logits.shape)} and teacher {tuple(teacher_probabilities.shape)} differ in shape."
         )
     if mask.shape != (student_logits.shape[0], *student_logits.shape[2:]):
         raise ValueError(f"A mask of shape {tuple(mask.shape)} does not fit logits {tuple(student_logits.shape)}.")
+
+
+def _masked_squares(student_logits: Tensor, teacher_probabilities: Tensor, mask: Tensor) -> Tensor:
+    """m_v sum_c (p_c - q_c)^2 of every voxel, (B, ...)."""
+    _check_response(student_logits, teacher_probabilities, mask)
     squares = (student_logits.softmax(dim=1) - teacher_probabilities.detach()).square().sum(dim=1)
     return squares * mask.detach().to(squares.dtype)
 

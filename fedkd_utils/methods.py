@@ -1,32 +1,29 @@
-"""One local objective per row of the comparison: given a batch, a loss. Who averages is not known here."""
+"""The rows of the comparison: which objective, who averages what, and what has to travel for it.
+
+A row says in ``changes`` which settings it replaces, so that everything that is not named is the same in all rows:
+volumes, batches and their order, augmentation, initial weights, optimiser steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import Tensor
-
-from fedkd_utils import losses
-from fedkd_utils.networks import TappedNetwork
+from fedkd_utils.objectives import (
+    Batch,
+    Objective,
+    dual_distillation,
+    proximal,
+    pseudo_labels_released,
+    supervised,
+    weak_to_strong,
+)
 from fedkd_utils.settings import Settings
 
-
-@dataclass(frozen=True)
-class Batch:
-    """What a local step sees. The unlabelled half is there only for rows that distil."""
-
-    images: Tensor  # (B, 1, D, H, W)
-    labels: Tensor  # (B, D, H, W)
-    labelled_classes: tuple[int, ...]
-    unlabelled: Tensor | None = None  # u (B', 1, D, H, W), clean
-    teacher_probabilities: Tensor | None = None  # q (B', C, D, H, W)
-    teacher_entropy: Tensor | None = None  # H (B', D, H, W), nats
-    teacher_features: Tensor | None = None  # f_T (B', F, d, h, w)
-
-
-#: (student, batch, progress of the run in [0, 1), settings) -> scalars by name; "loss" is minimised, all are logged
-Objective = Callable[[TappedNetwork, Batch, float, Settings], Mapping[str, Tensor]]
+__all__ = ["COURSE_ROWS", "ROWS", "Batch", "Method", "Objective", "dual_distillation", "supervised"]
 
 
 @dataclass(frozen=True)
@@ -36,53 +33,241 @@ class Method:
     name: str
     title: str
     objective: Objective | None  # None: nothing is trained
-    federated: bool  # students are averaged
-    distils: bool  # needs the teacher and unlabelled volumes
+    source: str = ""  # paper, or what is ours
+    assumes: str = ""  # what has to be there besides the few labels of each client
+    federated: bool = True  # students are averaged
+    distils: bool = False  # needs the pretrained teacher and unlabelled volumes
+    mean_teacher: bool = False  # each client keeps an average of its student over all steps as teacher
+    pseudo_labels: bool = False  # needs unlabelled volumes, no teacher
+    starts_at_teacher: bool = False  # the student begins with the pretrained teacher's weights
+    weighs_trust: bool = False  # distils as much as the teacher agrees with the client's labels
+    local_normalisation: bool = False  # normalisation layers never leave a client
+    groups: bool = False  # averaged within random groups of clients, anew in each round
+    pooled: bool = False  # one site holds everything, hidden labels too
+    changes: Mapping[str, Any] = field(default_factory=dict)  # settings of this row
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher is sent to the clients: to distil from it, or to use it as it is."""
-        return self.distils or self.objective is None
+        """Whether the pretrained teacher is sent to the clients: to distil from it, to start at it, or to use it."""
+        return self.distils or self.starts_at_teacher or self.objective is None
+
+    @property
+    def needs_unlabelled(self) -> bool:
+        """Whether a client must have unlabelled volumes."""
+        return self.distils or self.mean_teacher or self.pseudo_labels
+
+    def adapt(self, settings: Settings) -> Settings:
+        """The settings of this row."""
+        return replace(settings, **self.changes)
+
+    def identity(self) -> str:
+        """A hash of all that changes a number: a title may be reworded."""
+        facts = {name: getattr(self, name) for name in (f.name for f in dataclasses.fields(self))}
+        facts |= {"objective": getattr(self.objective, "__name__", ""), "changes": sorted(self.changes.items())}
+        numbers = {name: value for name, value in facts.items() if name not in ("title", "source", "assumes")}
+        return hashlib.sha256(repr(sorted(numbers.items())).encode()).hexdigest()
 
 
-def supervised(network: TappedNetwork, batch: Batch, progress: float, settings: Settings) -> dict[str, Tensor]:
-    """L = L_sup on the labelled volumes."""
-    loss = losses.supervised_loss(network(batch.images), batch.labels, batch.labelled_classes)
-    return {"loss": loss, "supervised": loss.detach()}
+_HE = "He et al., ISBI 2023, arXiv 2303.14357"
+_UAMT = "Yu et al., MICCAI 2019, doi:10.1007/978-3-030-32245-8_67"
+_FEDAVG = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
+_TEACHER = "a repository with labels"
+_RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
 
+#: Ours: a response that a student feels, at full weight from the first step because the teacher is frozen and ready.
+_STRONG = {"response_loss": "cross_entropy_dice", "response_weight": 1.0, "response_ramp": 0.0}
+_CONTRAST = {"teacher_contrast": "random"}
 
-def dual_distillation(network: TappedNetwork, batch: Batch, progress: float, settings: Settings) -> dict[str, Tensor]:
-    """L = L_sup + lambda L_resp + beta L_feat, lambda = lambda_max r(s, s_max) with s the progress of the whole run.
-
-    (He et al., arXiv 2303.14357.) With both weights 0 the unlabelled pass is left out: L = L_sup, bit by bit.
-    """
-    parts = supervised(network, batch, progress, settings)
-    if settings.response_weight == 0 and settings.feature_weight == 0:
-        return parts
-    if batch.unlabelled is None or batch.teacher_probabilities is None:
-        raise ValueError("Distillation needs unlabelled volumes and the teacher's signals in the batch.")
-    assert batch.teacher_entropy is not None and batch.teacher_features is not None  # they come together
-    logits, features = network.forward_with_features(batch.unlabelled)
-    mask = losses.uncertainty_mask(batch.teacher_entropy, progress, logits.shape[1])
-    response = losses.response_distillation(logits, batch.teacher_probabilities, mask)
-    feature = losses.feature_distillation(features, batch.teacher_features, settings.feature_temperature)
-    response_weight = settings.response_weight * losses.sigmoid_ramp_up(progress, 1.0)
-    return {
-        "loss": parts["loss"] + response_weight * response + settings.feature_weight * feature,
-        "supervised": parts["supervised"],
-        "response": response.detach(),
-        "feature": feature.detach(),
-        "trusted": mask.to(logits.dtype).mean(),
-    }
-
+#: The rows that the notebooks build up, and that ``make run`` compares.
+COURSE_ROWS = ("teacher_only", "local_only", "fedavg", "dual_kd")
 
 #: The rows of the comparison, by name, in the order of every table.
 ROWS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("teacher_only", "Teacher only", None, federated=False, distils=False),
-        Method("local_only", "Local only", supervised, federated=False, distils=False),
-        Method("fedavg", "FedAvg, labelled only", supervised, federated=True, distils=False),
-        Method("dual_kd", "Dual distillation", dual_distillation, federated=True, distils=True),
+        Method("teacher_only", "Teacher only", None, _HE, _TEACHER, federated=False),
+        Method("local_only", "Local only", supervised, federated=False),
+        Method(
+            "local_uamt",
+            "Local + UA-MT",
+            dual_distillation,
+            _UAMT,
+            federated=False,
+            mean_teacher=True,
+            changes={"feature_weight": 0.0},
+        ),
+        Method("finetune", "Fine-tuned teacher", supervised, _FEDAVG, _TEACHER, starts_at_teacher=True),
+        Method(
+            "finetune_uamt",
+            "Fine-tuned teacher + UA-MT",
+            dual_distillation,
+            _UAMT,
+            _TEACHER,
+            mean_teacher=True,
+            starts_at_teacher=True,
+            changes={"feature_weight": 0.0},
+        ),
+        Method("fedavg", "FedAvg, labelled only", supervised, _FEDAVG),
+        Method("fedprox", "FedProx", proximal, "Li et al., MLSys 2020, arXiv 1812.06127"),
+        Method(
+            "fedbn",
+            "FedBN",
+            supervised,
+            "Li et al., ICLR 2021, arXiv 2102.07623; batch normalisation, since our own has nothing to keep",
+            local_normalisation=True,
+            changes={"normalisation": "batch"},
+        ),
+        Method(
+            "mean_teacher",
+            "FedAvg + mean teacher",
+            dual_distillation,
+            "Tarvainen and Valpola, NeurIPS 2017, arXiv 1703.01780; UA-MT without its mask",
+            mean_teacher=True,
+            changes={"feature_weight": 0.0, "teacher_passes": 0},
+        ),
+        Method("uamt", "FedAvg + UA-MT", dual_distillation, _UAMT, mean_teacher=True, changes={"feature_weight": 0.0}),
+        Method("ssfl_released", "SSFL as released", pseudo_labels_released, f"the code of {_HE}", pseudo_labels=True),
+        Method(
+            "ssfl_published",
+            "SSFL as published",
+            weak_to_strong,
+            "Zhang et al., arXiv 2008.11364; here every client has labels, there only the server",
+            pseudo_labels=True,
+            groups=True,
+            changes={"normalisation": "group"},
+        ),
+        Method(
+            "fedsemi",
+            "Fed-Semi",
+            weak_to_strong,
+            "Yang et al., MedIA 2021, doi:10.1016/j.media.2021.101992",
+            pseudo_labels=True,
+            changes={"confidence": 0.5},
+        ),
+        Method("dual_kd", "Dual distillation", dual_distillation, _HE, _TEACHER, distils=True),
+        Method(
+            "feature_only",
+            "Dual distillation, feature only",
+            dual_distillation,
+            _HE,
+            _TEACHER,
+            distils=True,
+            changes={"response_weight": 0.0},
+        ),
+        Method(
+            "response_only",
+            "Dual distillation, response only",
+            dual_distillation,
+            _HE,
+            _TEACHER,
+            distils=True,
+            changes={"feature_weight": 0.0},
+        ),
+        Method(
+            "neither",
+            "Dual distillation, neither",
+            dual_distillation,
+            _HE,
+            _TEACHER,
+            distils=True,
+            changes={"response_weight": 0.0, "feature_weight": 0.0},
+        ),
+        Method(
+            "pooled",
+            "Pooled, all labels",
+            supervised,
+            "the upper bound: one network on all volumes of all clients, the hidden labels of the unlabelled ones too",
+            "that data may leave the hospitals, and a label for every volume",
+            federated=False,
+            pooled=True,
+        ),
+        # Beyond the paper.
+        Method(
+            "teacher_random", "Any-contrast teacher only", None, "ours", _RANDOM, federated=False, changes=_CONTRAST
+        ),
+        Method(
+            "finetune_random",
+            "Fine-tuned any-contrast teacher",
+            supervised,
+            "ours",
+            _RANDOM,
+            starts_at_teacher=True,
+            changes=_CONTRAST,
+        ),
+        Method(
+            "dual_kd_random",
+            "Dual distillation, any-contrast teacher",
+            dual_distillation,
+            "ours",
+            _RANDOM,
+            distils=True,
+            changes=_CONTRAST,
+        ),
+        Method(
+            "strong_kd",
+            "Strong distillation",
+            dual_distillation,
+            "ours: response by cross-entropy + Dice, weight 1 from the start",
+            _TEACHER,
+            distils=True,
+            changes=_STRONG,
+        ),
+        Method(
+            "strong_kd_random",
+            "Strong distillation, any-contrast teacher",
+            dual_distillation,
+            "ours",
+            _RANDOM,
+            distils=True,
+            changes=_STRONG | _CONTRAST,
+        ),
+        Method(
+            "trusted_kd",
+            "Strong distillation, weighted by trust",
+            dual_distillation,
+            "ours: weighted by the teacher's Dice on each client's few labels",
+            _TEACHER,
+            distils=True,
+            weighs_trust=True,
+            changes=_STRONG,
+        ),
+        Method(
+            "started_kd",
+            "Strong distillation, started at the teacher",
+            dual_distillation,
+            "ours",
+            _TEACHER,
+            distils=True,
+            starts_at_teacher=True,
+            changes=_STRONG,
+        ),
+        Method(
+            "combined_kd",
+            "All of ours",
+            dual_distillation,
+            "ours: any-contrast teacher, strong response, weighted by trust, started at the teacher",
+            _RANDOM,
+            distils=True,
+            starts_at_teacher=True,
+            weighs_trust=True,
+            changes=_STRONG | _CONTRAST,
+        ),
+        Method(
+            "small_fedavg",
+            "FedAvg, small student",
+            supervised,
+            "ours: channels a quarter of the teacher's",
+            changes={"student_shrink": 4},
+        ),
+        Method(
+            "small_kd",
+            "Strong response, small student",
+            dual_distillation,
+            "ours: no feature term, since the widths differ",
+            _RANDOM,
+            distils=True,
+            weighs_trust=True,
+            changes=_STRONG | _CONTRAST | {"student_shrink": 4, "feature_weight": 0.0},
+        ),
     )
 }

@@ -8,6 +8,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ from fedkd_utils.seeds import seeded
 from fedkd_utils.settings import CLASS_NAMES, Settings
 
 State = dict[str, Tensor]
+
+#: About how often each class meets a voxel of the common grid. The last bias starts at its logarithm (Lin et al., arXiv
+#: 1708.02002): a network that first calls every voxel a cartilage spends its first hundred steps on unlearning that.
+CLASS_FREQUENCY = (0.981, 0.011, 0.005, 0.003)
 
 #: Base width of the V-Net in the authors' release (MONAI's own is fixed at 16 and has 45.6 M parameters).
 VNET_WIDTH = 4
@@ -160,14 +165,16 @@ def unet_strides(settings: Settings) -> tuple[tuple[int, int, int], ...]:
 
 
 def build_network(settings: Settings, seed: int) -> TappedNetwork:
-    """The network of a profile with initial weights from ``seed``.
+    """The network of a profile, that of the teacher, with initial weights from ``seed``.
 
     ``"unet"``: MONAI's UNet of ``settings.channels`` with instance normalisation and leaky rectifiers; at the
     first level it works at half the resolution in the plane. ``"vnet"``: the V-Net of the release, base width
-    4, 2.85 M parameters, batch normalisation.
+    4, 2.85 M parameters, batch normalisation. ``settings.normalisation`` puts another one in the place of its
+    own; the initial weights stay the same. Instance normalisation has neither parameters nor statistics here,
+    batch and group normalisation have a gain and a shift per channel, and batch normalisation also statistics.
 
     Raises:
-        ValueError: an architecture other than these two, or a grid it cannot halve often enough.
+        ValueError: an architecture or a normalisation of another name, or a grid it cannot halve often enough.
     """
     if settings.architecture == "unet":
         strides = unet_strides(settings)
@@ -184,8 +191,8 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
                 dropout=settings.dropout,
                 bias=False,  # a shift before a normalisation is lost
             )
-        last = body.get_submodule("model.2.conv")  # no normalisation follows: the classes differ in frequency
-        last.bias = nn.Parameter(torch.zeros(len(CLASS_NAMES)))
+        last = body.get_submodule("model.2.conv")
+        last.bias = nn.Parameter(torch.empty(len(CLASS_NAMES)))
         path = ["model" + ".1.submodule" * level for level in range(depth + 1)]
         blocks = {f"encoder {i + 1}": f"{path[i]}.0" for i in range(depth)}
         blocks["bottleneck"] = path[depth]
@@ -195,6 +202,7 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
     elif settings.architecture == "vnet":
         with seeded(seed):
             body = _NarrowVNet(VNET_WIDTH, len(CLASS_NAMES), settings.dropout)
+        last = body.get_submodule("out_tr.conv2")
         paths = ["in_tr", "down_tr32", "down_tr64", "down_tr128", "down_tr256"]
         blocks = {f"encoder {i + 1}": path for i, path in enumerate(paths[:-1])} | {"bottleneck": paths[-1]}
         decoders = ["up_tr256", "up_tr128", "up_tr64", "up_tr32"]
@@ -202,12 +210,61 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
         network = TappedNetwork(body, blocks, "bottleneck", (16, 16, 16))
     else:
         raise ValueError(f"architecture must be 'unet' or 'vnet', not {settings.architecture!r}.")
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor(CLASS_FREQUENCY).log())  # type: ignore[operator]
+    if settings.normalisation != "own":
+        _normalise_with(body, settings.normalisation)
     if any(size % stride for size, stride in zip(settings.grid_shape, network.strides, strict=True)):
         raise ValueError(
             f"The {settings.architecture} needs a grid whose sizes are multiples of {network.strides}, not "
             f"{settings.grid_shape}: change grid_shape in the settings."
         )
     return network
+
+
+_NORMALISATIONS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
+
+def _normalise_with(body: nn.Module, kind: str) -> None:
+    """Replace every normalisation layer; groups hold 8 channels where that goes (Wu and He, arXiv 1803.08494)."""
+    layers: dict[str, Any] = {
+        "batch": nn.BatchNorm3d,
+        "instance": nn.InstanceNorm3d,
+        "group": lambda channels: nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels),
+    }
+    if kind not in layers:
+        raise ValueError(f"normalisation must be 'own', 'batch', 'group' or 'instance', not {kind!r}.")
+    for module in list(body.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, _NORMALISATIONS):
+                setattr(module, name, layers[kind](getattr(child, "num_features", 0) or child.num_channels))
+
+
+def normalisation_names(network: nn.Module) -> frozenset[str]:
+    """The names of all parameters and statistics of normalisation layers, as they stand in the state."""
+    return frozenset(
+        f"{path}.{name}"
+        for path, module in network.named_modules()
+        if isinstance(module, _NORMALISATIONS)
+        for name in module.state_dict()
+    )
+
+
+def build_student(settings: Settings, seed: int) -> TappedNetwork:
+    """The student: the network of the profile, ``settings.student_shrink`` times narrower.
+
+    Raises:
+        ValueError: see :func:`build_network`; also a width that cannot be divided so.
+    """
+    shrink = settings.student_shrink
+    if shrink == 1:
+        return build_network(settings, seed)
+    if settings.architecture != "unet" or any(width % shrink for width in settings.channels):
+        raise ValueError(
+            f"student_shrink {shrink} does not divide the channels {settings.channels} of the "
+            f"{settings.architecture}: choose a divisor of all of them, and the UNet."
+        )
+    return build_network(replace(settings, channels=tuple(width // shrink for width in settings.channels)), seed)
 
 
 def model_summary(network: TappedNetwork, shape: tuple[int, int, int]) -> pd.DataFrame:

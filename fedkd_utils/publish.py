@@ -29,8 +29,8 @@ from fedkd_utils.rules import MINUTES, PACKAGE, WIDGET_VIEW, alt_text, code_cell
 PROJECT = PACKAGE.parent
 NOTEBOOKS = PROJECT / "notebooks"
 COURSE = PROJECT / "build" / "course"
-#: One training's digits depend on the number of threads: the Makefile and tests/conftest.py say the same.
-KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
+#: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
+KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing

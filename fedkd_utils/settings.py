@@ -47,7 +47,16 @@ class Settings:
     response_weight: float  # lambda_max
     feature_weight: float  # beta
     feature_temperature: float
-    teacher_passes: int  # M, the stochastic teacher predictions behind the uncertainty mask
+    teacher_passes: int  # M, the stochastic teacher predictions behind the uncertainty mask; 0: no mask
+    response_loss: str  # "squares" as the paper, or "cross_entropy_dice"
+    response_ramp: float  # the share of the run over which the response's weight ramps up; 0: none
+    teacher_contrast: str  # a scanner of acquisition.SCANNERS: "repository_dess", or "random" for any contrast
+    student_shrink: int  # the student's channels are the teacher's divided by this
+    # The other rows (see fedkd_utils/methods.py).
+    normalisation: str  # "own" (UNet: instance, V-Net: batch), "batch", "group" or "instance"
+    proximal_weight: float  # mu of FedProx
+    average_decay: float  # of the mean teacher
+    confidence: float  # from which probability a pseudo-label counts
 
 
 QUICK = Settings(
@@ -65,11 +74,11 @@ QUICK = Settings(
     architecture="unet",
     channels=(16, 32, 64, 128),
     dropout=0.1,
-    teacher_steps=600,
+    teacher_steps=500,
     teacher_learning_rate=1e-2,
-    rounds=6,
+    rounds=12,
     local_epochs=2,
-    steps_per_epoch=12,
+    steps_per_epoch=5,
     batch_labelled=2,
     batch_unlabelled=2,
     learning_rate=1e-2,
@@ -78,11 +87,19 @@ QUICK = Settings(
     feature_weight=1.0,
     feature_temperature=1.0,
     teacher_passes=8,
+    response_loss="squares",
+    response_ramp=1.0,
+    teacher_contrast="repository_dess",
+    student_shrink=1,
+    normalisation="own",
+    proximal_weight=0.01,
+    average_decay=0.99,
+    confidence=0.95,
 )
 
 
-#: The committed results: as quick, with more rounds and labelled volumes made over several seeds. Hours on two cores.
-REFERENCE = replace(QUICK, name="reference", teacher_steps=1500, rounds=12, client_unlabelled=16, client_test=8)
+#: For results over several seeds: the schedule of quick, a teacher trained twice as long, twice the test volumes.
+REFERENCE = replace(QUICK, name="reference", teacher_steps=1000, client_test=8)
 
 #: The paper's geometry and schedule, for a GPU: 16 x 288 x 352 voxels of 4.5 x 0.30 x 0.30 mm, V-Net, 30 rounds of 30
 #: local epochs of 4 iterations, 17 labelled volumes a client.

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from fedkd_utils import cohorts, losses, transforms
+from fedkd_utils import cohorts, losses, metrics, transforms
 from fedkd_utils.networks import (
     ChannelDropout,
     CheckpointError,
@@ -30,7 +31,14 @@ from fedkd_utils.networks import (
 from fedkd_utils.provenance import code_hash, files_hash, versions
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import Settings, cache_folder
-from fedkd_utils.training import Progress, TrainingLog, evaluating, train_supervised
+from fedkd_utils.training import (
+    Progress,
+    TrainingLog,
+    evaluating,
+    mean_dice,
+    predict_probabilities,
+    train_supervised,
+)
 from fedkd_utils.transforms import SiteData
 
 #: Code that a trained teacher depends on.
@@ -42,6 +50,7 @@ _TEACHER_SETTINGS = (
     "grid_spacing_mm",
     "architecture",
     "channels",
+    "normalisation",
     "dropout",
     "teacher_steps",
     "teacher_learning_rate",
@@ -104,6 +113,7 @@ def teacher_for(
 ) -> Teacher:
     """The teacher of a cohort: trained on first use, then read from ``<cache>/teachers``.
 
+    It learns from the cohort's repository, or from the same subjects through ``settings.teacher_contrast``.
     The file is named by a hash of all it depends on (settings, the repository's files, code, seed), so it is
     made anew when one of them changes, and also when it is damaged. ``progress`` gets
     ``settings.teacher_steps`` steps in all, at once when there is nothing to train.
@@ -111,8 +121,11 @@ def teacher_for(
     Args:
         root: the cache folder, :func:`settings.cache_folder` when not given.
     """
-    cohort = cohorts.make_cohort(settings, setting, root=root)
-    return teacher_on(cohort.repository, settings, seed, root, progress)
+    if settings.teacher_contrast == "repository_dess":
+        repository = cohorts.make_cohort(settings, setting, root=root).repository
+    else:
+        repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+    return teacher_on(repository, settings, seed, root, progress)
 
 
 def teacher_on(
@@ -186,6 +199,11 @@ class TeacherSignals:
     probabilities: Tensor  # q (U, C, D, H, W)
     entropy: Tensor  # H of the mean of the stochastic predictions (U, D, H, W), nats
     features: Tensor  # f_T at the bottleneck (U, F, d, h, w)
+    trust: float = 1.0  # the teacher's mean Dice on the client's few labels (:func:`agreement`)
+
+    def of(self, chosen: Tensor) -> TeacherSignals:
+        """The signals of some of the volumes, by their numbers."""
+        return TeacherSignals(self.probabilities[chosen], self.entropy[chosen], self.features[chosen], self.trust)
 
     @property
     def bytes(self) -> int:
@@ -202,20 +220,21 @@ def teacher_signals(
 ) -> TeacherSignals:
     """q, H and f_T for unlabelled volumes, as UA-MT (doi:10.1007/978-3-030-32245-8_67) estimates uncertainty.
 
+    Without stochastic passes nothing is known of the uncertainty: H = 0, the teacher is trusted everywhere.
     q = p_T(u + xi_0) and f_T come from one clean pass (no dropout) on the noisy volume; H is the entropy of the
     mean of ``passes`` predictions p_T(u + xi_i), each with its own noise and dropout. Normalisation layers stay in
     evaluation mode, so batch statistics do not drift. The teacher is not touched (a copy works).
 
     Args:
         images: (U, 1, D, H, W) z-scored.
-        passes: M, at least 1.
+        passes: M.
         seeds: one per volume; a volume's signals depend on nothing else.
         progress: gets one step per volume.
     """
-    if passes < 1 or len(seeds) != len(images) or len(images) == 0:
+    if passes < 0 or len(seeds) != len(images) or len(images) == 0:
         raise ValueError(
-            f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: a seed per volume and at least one of "
-            "each are needed."
+            f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: at least one volume, a seed for each "
+            "and no negative number of passes are needed."
         )
     network = copy.deepcopy(teacher)
     q, uncertainty, features = [], [], []
@@ -232,11 +251,28 @@ def teacher_signals(
                 copies = image[None].expand(min(_PASSES_AT_ONCE, passes - first), *image.shape)
                 mean += network(_noisy(copies, noise)).softmax(dim=1).sum(dim=0, keepdim=True)
             _dropout(network, False)
-            uncertainty.append(losses.entropy(mean / passes))
+            uncertainty.append(losses.entropy(mean / max(passes, 1)))
             if progress is not None:
                 progress(1, "teacher looks at unlabelled volumes")
-        joined = torch.cat(q), torch.cat(uncertainty), torch.cat(features)
-    return TeacherSignals(*(tensor.clone() for tensor in joined))  # cloned: no inference tensors outside
+        said = torch.cat(q), torch.cat(uncertainty), torch.cat(features)
+    return TeacherSignals(said[0].clone(), said[1].clone(), said[2].clone())  # cloned: no inference tensors outside
+
+
+def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+    """How far a teacher agrees with a client's few labels: its mean Dice on them, 0 to 1.
+
+    0 also when there is nothing to measure.
+
+    Args:
+        images: (L, 1, D, H, W) z-scored.
+        labels: (L, D, H, W).
+        classes: those that the client labels.
+    """
+    found = predict_probabilities(teacher, images).argmax(dim=1).numpy() if len(images) else np.empty(0)
+    pairs = zip(found, labels.numpy(), strict=True)
+    scores = [[metrics.dice(predicted == c, truth == c) for c in classes] for predicted, truth in pairs]
+    dice = mean_dice(np.array(scores).reshape(-1, len(classes)))
+    return 0.0 if np.isnan(dice) else dice
 
 
 def _noisy(images: Tensor, generator: torch.Generator) -> Tensor:

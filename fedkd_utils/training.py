@@ -58,7 +58,7 @@ def progress_bar(total: int, label: str) -> Iterator[Progress]:
         bar, text = ipywidgets.IntProgress(max=max(total, 1)), ipywidgets.Label(label)
         box = ipywidgets.HBox([bar, text])
         view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-        plain = f"{label}: {total} steps"
+        plain = f"{label}: finished"
         display({"text/plain": plain, "application/vnd.jupyter.widget-view+json": view}, raw=True)
 
         def advance(steps: int, note: str) -> None:

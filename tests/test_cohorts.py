@@ -521,6 +521,7 @@ def test_demonstration_is_small_and_made_again_voxel_by_voxel(tmp_path: Path) ->
         if name.startswith("label"):
             assert (a != b).mean() < 1e-4 and {1, 2, 3} <= set(np.unique(a))
         else:  # another processor may round the last bit of a sum the other way: one grey level, rarely
-            assert np.abs(a - b).max() <= 2 * a.max() / 4095 and (a != b).mean() < 0.01
+            apart, level = np.abs(a - b), a.max() / 4095
+            assert apart.max() <= 2 * level and (apart > level / 2).mean() < 0.01
         np.testing.assert_allclose(old.affine, new.affine, atol=1e-5)
     assert len({nib.load(committed / f"knee_{n}.nii.gz").shape for n in cohorts.DEMONSTRATION}) >= 4

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd_utils import acquisition, course, federation, losses, metrics, teacher, transforms
+from fedkd_utils import acquisition, course, federation, losses, metrics, teacher, training, transforms
 from fedkd_utils.exercises import EXERCISES, Exercise
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -129,13 +129,16 @@ def _library(name):
         "feature_kl": lambda t, s: losses.feature_distillation(s, t),
         "ramp": losses.sigmoid_ramp_up,
         "hand_over": teacher.blend,
+        "poly_learning_rate": training.poly_learning_rate,
+        "volume_difference": metrics.vd,
     }[name]
 
 
 @pytest.mark.parametrize(
     "name",
     ["spacing_from_affine", "volume_ml", "spin_echo_signal", "dice", "soft_dice_loss", "fedavg", "temperature_softmax"]
-    + ["entropy_mask", "feature_kl", "ramp", "hand_over"],
+    + ["entropy_mask", "feature_kl", "ramp", "hand_over", "poly_learning_rate"]
+    + ["volume_difference"],
 )
 def test_a_reference_agrees_with_the_library(name):
     assert course.judge(EXERCISES[name], _library(name)) == "CORRECT"
@@ -149,6 +152,9 @@ def test_the_other_references_in_closed_form():
     assert EXERCISES["bytes_of_state"].reference({"w": torch.zeros(3), "n": torch.tensor(1)}) == 3 * 4 + 8
     once, every_round = 2 * 7, 2 * 5 * 2 * 7  # 2 clients, 5 rounds, a teacher of 7 bytes, down and up
     assert EXERCISES["bytes_saved"].reference(7, 5, 2) == every_round - once
+    far, near = np.array([[0, 0, 0], [3, 0, 0]]), np.array([[0, 0, 0]])  # 3 slices of 4 mm apart, one way only
+    assert EXERCISES["hausdorff_mm"].reference(far, near, (4.0, 1.2, 1.2)) == pytest.approx(12)
+    assert EXERCISES["teacher_left"].reference([0.5, 0.5]) == pytest.approx(0.25)
     assert math.isnan(EXERCISES["dice"].reference(np.zeros(3), np.zeros(3), 1))
 
 

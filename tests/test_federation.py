@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_utils import federation, losses, networks, teacher, training
+from fedkd_utils import clients, federation, losses, networks, server, teacher, training
 from fedkd_utils.federation import FederationError, FederationResult, Update
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import CheckpointError, State
+from fedkd_utils.provenance import state_hash
 from fedkd_utils.seeds import seed_of
 from fedkd_utils.settings import QUICK
 from fedkd_utils.teacher import TeacherUpdate
@@ -74,7 +75,9 @@ def equal(a: State, b: State) -> bool:
 
 def numbers(result: FederationResult) -> list[dict[str, Any]]:
     """The history without what a clock measured."""
-    return result.history.drop(columns=["seconds", "data_seconds"], errors="ignore").to_dict("records")
+    return result.history.drop(columns=["seconds", "data_seconds", "teacher_seconds"], errors="ignore").to_dict(
+        "records"
+    )
 
 
 def same(a: FederationResult, b: FederationResult) -> bool:
@@ -84,9 +87,10 @@ def same(a: FederationResult, b: FederationResult) -> bool:
 
 def run(row: str = "dual_kd", **more: Any) -> FederationResult:
     chosen = more.pop("settings", TINY)
-    return federation.run_federation(
-        chosen, row, more.pop("sites", SITES), TEACHER, 0, more.pop("folder", None), **more
-    )
+    sites = more.pop("sites", SITES)
+    if row == "pooled":
+        sites = sites[:1]
+    return federation.run_federation(chosen, row, sites, TEACHER, 0, more.pop("folder", None), **more)
 
 
 @functools.cache
@@ -242,10 +246,12 @@ def test_batch_statistics_are_averaged_and_counters_copied() -> None:
 # --- rounds -----------------------------------------------------------------------------------------------------
 
 
-def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients() -> None:
-    one = run(workers=1)
-    assert same(one, run(sites=SITES[::-1], workers=3)) and same(one, undisturbed())
-    assert not same(one, federation.run_federation(TINY, "dual_kd", SITES, TEACHER, 1))
+@pytest.mark.parametrize("row", ["dual_kd", "uamt", "fedbn", "ssfl_published", "combined_kd"])
+def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients(row: str) -> None:
+    four = [*SITES, site("west", 4)]
+    one = run(row, sites=four, workers=1)
+    assert same(one, run(row, sites=four[::-1], workers=3)) and same(one, run(row, sites=four))
+    assert not same(one, federation.run_federation(TINY, row, four, TEACHER, 1))
 
 
 def test_the_frozen_teacher_is_never_changed() -> None:
@@ -263,14 +269,16 @@ def test_the_model_is_the_best_on_validation(row: str) -> None:
     history = result.history
     assert list(history.columns[:6]) == ["round", "client", "validation", "femoral", "tibial", "patellar"]
     by_round = result.validation_by_round()
-    for one in SITES:
+    method = ROWS[row]
+    sites = SITES[:1] if method.pooled else SITES
+    for one in sites:
         own = history[history["client"] == one.name].set_index("round")["validation"]
-        scores = own if row == "local_only" else by_round
+        scores = by_round if method.federated or method.objective is None else own
         assert result.best_round[one.name] == scores.idxmax()  # the first of equals
-        network = networks.build_network(TINY, 0)
+        network = networks.build_student(method.adapt(TINY), 0)
         networks.load_state(network, result.models[one.name])
         assert training.validate(network, one.validation) == own[result.best_round[one.name]]
-    assert result.steps == (0 if row == "teacher_only" else 3 * 3 * 4)
+    assert result.steps == (0 if method.objective is None else 3 * len(sites) * 4)  # the same for every row
 
 
 def test_local_only_is_each_client_without_the_others() -> None:
@@ -283,16 +291,26 @@ def test_local_only_is_each_client_without_the_others() -> None:
 def test_the_ledger_counts_every_tensor_once_per_message() -> None:
     model = sum(p.numel() * 4 for p in TEACHER.parameters())
     rounds, clients = TINY.rounds, len(SITES)
+    shared, teachers = ((rounds + 1) * clients * model, rounds * clients * model), clients * model
     expected = {
-        "teacher_only": (clients * model, 0),
+        "teacher_only": (teachers, 0),
+        "teacher_random": (teachers, 0),
         "local_only": (0, 0),
-        "fedavg": ((rounds + 1) * clients * model, rounds * clients * model),
-        "dual_kd": ((rounds + 1) * clients * model + clients * model, rounds * clients * model),
+        "local_uamt": (0, 0),
+        "pooled": (0, 0),
     }
-    for row, (down, up) in expected.items():
+    for row, method in ROWS.items():
         ledger = undisturbed(row).ledger
-        assert (ledger.total("down"), ledger.total("up")) == (down, up)
-        assert ledger.total() == down + up == ledger.frame()["bytes"].sum()
+        assert ledger.total() == sum(ledger.total(d) for d in ("down", "up")) == ledger.frame()["bytes"].sum()
+        if method.adapt(TINY) == TINY or row not in ("fedbn", "ssfl_published", "small_fedavg", "small_kd"):
+            # A pretrained teacher costs one message a client; where the student starts at it, it is the first student.
+            more = teachers if method.needs_teacher and not method.starts_at_teacher else 0
+            down, up = expected.get(row, (shared[0] + more, shared[1]))
+            assert (ledger.total("down"), ledger.total("up")) == (down, up), row
+    small = networks.nbytes(networks.build_student(ROWS["small_kd"].adapt(TINY), 0).state_dict())
+    assert small < model / 4
+    assert undisturbed("small_fedavg").ledger.total("up") == rounds * clients * small
+    assert undisturbed("small_kd").ledger.total("down") == (rounds + 1) * clients * small + teachers
     table = undisturbed().ledger.frame()
     teachers = table[table["what"] == "teacher"]
     assert sorted(teachers["client"]) == ["east", "north", "south"]  # once each, before training
@@ -306,7 +324,209 @@ def test_progress_adds_up_to_what_was_announced() -> None:
     for row, update in [*((row, teacher.FROZEN) for row in ROWS), *(("dual_kd", update) for update in updates)]:
         steps: list[int] = []
         run(row, teacher_update=update, progress=lambda n, note: steps.append(n))  # noqa: B023
-        assert sum(steps) == federation.total_progress(TINY, row, SITES, update), (row, update)
+        sites = SITES[:1] if ROWS[row].pooled else SITES
+        assert sum(steps) == federation.total_progress(TINY, row, sites, update), (row, update)
+
+
+# --- the other rows ---------------------------------------------------------------------------------------------
+
+
+def updated(row: str, settings: Any = TINY, number: int = 1, **more: Any) -> Update:
+    """One round of one client, all rows from the same student."""
+    method = more.pop("method", ROWS[row])
+    own = method.adapt(settings)
+    start = networks.copy_state(networks.build_student(own, 0))
+    local = clients.local_names(method, networks.build_student(own, 0))
+    start = {name: tensor for name, tensor in start.items() if name not in local}
+    return clients.client_update(start, SITES[0], method, settings, number, 0, teacher=TEACHER, **more)
+
+
+TRAINED = [row for row, method in ROWS.items() if method.objective is not None]
+
+
+def test_every_row_sees_the_same_volumes_in_the_same_order_from_the_same_start() -> None:
+    """Fair play: labelled batches, the seeds of their augmentation, and the weights at the start."""
+    seen: dict[str, list[str]] = {}
+
+    def watch(row: str) -> Any:
+        def augment(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> Any:
+            seen.setdefault(row, []).append(state_hash({"x": images, "y": labels, "g": generator.get_state()}))
+            return images, labels
+
+        return augment
+
+    for row in TRAINED:
+        updated(row, augmentation=watch(row))
+    assert all(lines == seen["fedavg"] and len(lines) == 4 for lines in seen.values()) and set(seen) == set(TRAINED)
+    plain = federation._begin(TINY, ROWS["fedavg"], SITES, TEACHER, 0).students[""]
+    for row in TRAINED:
+        settings_ = ROWS[row].adapt(TINY)
+        first = next(iter(federation._begin(settings_, ROWS[row], SITES, TEACHER, 0).students.values()))
+        if ROWS[row].starts_at_teacher:
+            assert equal(first, networks.copy_state(TEACHER))
+        elif settings_.student_shrink == 1:
+            assert all(torch.equal(first[name], tensor) for name, tensor in plain.items()), row
+
+
+@pytest.mark.parametrize("row", TRAINED)
+def test_no_row_draws_from_the_state_that_was_left_behind(row: str) -> None:
+    torch.manual_seed(1)
+    one = updated(row)
+    torch.manual_seed(2)
+    torch.rand(7)
+    other = updated(row)
+    assert equal(one.state, other.state) and equal(one.kept, other.kept)
+
+
+def test_the_limiting_cases_of_every_row_are_fedavg_bit_by_bit() -> None:
+    fedavg = undisturbed("fedavg")
+    assert equal(undisturbed("neither").models["east"], fedavg.models["east"])
+    assert list(undisturbed("neither").history["validation"]) == list(fedavg.history["validation"])
+    no_mu = run("fedprox", settings=replace(TINY, proximal_weight=0.0))
+    assert same(no_mu, fedavg) and not same(undisturbed("fedprox"), fedavg)
+    for row in ("uamt", "mean_teacher"):
+        weightless = run(row, settings=replace(TINY, response_weight=0.0))
+        assert equal(weightless.models["east"], fedavg.models["east"]) and weightless.ledger == fedavg.ledger
+        assert not equal(undisturbed(row).models["east"], fedavg.models["east"])
+    alone = run("local_uamt", settings=replace(TINY, response_weight=0.0))
+    assert equal(alone.models["east"], undisturbed("local_only").models["east"])
+    pooled = federation.run_federation(TINY, "pooled", SITES[:1], seed=0)  # one hospital, all labelled: nothing to pool
+    assert equal(pooled.models["south"], federation.run_federation(TINY, "fedavg", SITES[:1], seed=0).models["south"])
+
+
+def test_a_threshold_that_nobody_reaches_removes_pseudo_labels() -> None:
+    """1 is never reached by these students; in the rows of SSFL the supervised part alone is left."""
+    never = ROWS["fedsemi"].changes | {"confidence": 1.0}
+    assert equal(updated("fedsemi", method=replace(ROWS["fedsemi"], changes=never)).state, updated("fedavg").state)
+    assert not equal(updated("fedsemi").state, updated("fedavg").state)
+    published = replace(ROWS["ssfl_published"], changes={"confidence": 1.0}, groups=False)
+    assert equal(updated("ssfl_published", method=published).state, updated("fedavg").state)
+
+
+def test_finetuning_is_fedavg_from_the_teacher() -> None:
+    tuned = run("finetune", settings=replace(TINY, learning_rate=0.0, weight_decay=0.0))
+    for one in SITES:
+        assert equal(tuned.models[one.name], networks.copy_state(TEACHER))
+    table = undisturbed("finetune").ledger.frame()
+    assert set(table[table["round"] == 0]["what"]) == {"teacher"}  # no other first student
+    assert undisturbed("finetune").ledger.total() == undisturbed("fedavg").ledger.total()
+
+
+def test_the_mean_teacher_is_the_average_over_all_steps_and_never_restarts() -> None:
+    """Against the average of the students after every step, over two rounds, in float64."""
+    settings_ = replace(TINY, local_epochs=1, steps_per_epoch=3, average_decay=0.6)
+    seen: list[list[torch.Tensor]] = []
+
+    def record(parameters: Any, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        own = list(parameters)
+        optimiser = torch.optim.SGD(own, lr=learning_rate)
+        optimiser.register_step_post_hook(lambda *_: seen.append([p.detach().clone().double() for p in own]))
+        return optimiser
+
+    method = ROWS["uamt"]
+    start = networks.copy_state(networks.build_network(settings_, 0))
+    first = clients.client_update(start, SITES[0], method, settings_, 1, 0, make_optimiser=record)
+    other = networks.copy_state(networks.build_network(settings_, 5))  # as if the others had moved it far
+    second = clients.client_update(other, SITES[0], method, settings_, 2, 0, make_optimiser=record, kept=first.kept)
+    assert len(seen) == 6
+    names = [f"average/{name}" for name, _ in networks.build_network(settings_, 0).named_parameters()]
+    expected = [torch.zeros_like(value) for value in seen[0]]
+    for t, student in enumerate(seen):
+        a = min(1 - 1 / (t + 1), 0.6)
+        expected = [a * old + (1 - a) * new for old, new in zip(expected, student, strict=True)]
+        for name, value in zip(names, expected, strict=True):
+            if t in (2, 5):
+                assert torch.allclose((first, second)[t // 3].kept[name].double(), value, rtol=0, atol=1e-6)
+    assert not any(name.startswith("average") for name in second.state)
+
+
+def test_the_mean_teacher_stays_with_its_client() -> None:
+    assert undisturbed("uamt").ledger == undisturbed("fedavg").ledger
+    assert undisturbed("local_uamt").ledger.entries == []
+
+
+def test_fedbn_keeps_normalisation_at_home_and_sends_the_rest() -> None:
+    result, batch = undisturbed("fedbn"), ROWS["fedbn"].adapt(TINY)
+    network = networks.build_student(batch, 0)
+    local = networks.normalisation_names(network)
+    assert {name.rsplit(".", 1)[1] for name in local} == {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    shared = networks.nbytes({k: v for k, v in network.state_dict().items() if k not in local})
+    assert shared < networks.nbytes(network.state_dict())
+    assert {entry["bytes"] for entry in result.ledger.entries} == {shared}
+    assert result.ledger.total("up") == TINY.rounds * len(SITES) * shared
+    south, east = result.models["south"], result.models["east"]
+    for name in network.state_dict():
+        if name not in local:
+            assert torch.equal(south[name], east[name]), name
+        elif name.endswith("running_mean"):
+            assert not torch.equal(south[name], east[name]), name
+    update = updated("fedbn")
+    assert set(update.state).isdisjoint(local) and set(update.kept) == {f"own/{name}" for name in local}
+
+
+def test_with_instance_normalisation_fedbn_has_nothing_to_keep() -> None:
+    """Why the row has batch normalisation: our instance normalisation has neither parameters nor statistics."""
+    assert networks.normalisation_names(networks.build_network(TINY, 0)) == frozenset()
+    plain = replace(ROWS["fedbn"], changes={})
+    assert equal(updated("fedbn", method=plain).state, updated("fedavg").state)
+
+
+def test_groups_are_pairs_that_change_and_three_clients_are_one() -> None:
+    names = [f"c{i}" for i in range(5)]
+    for number in range(1, 20):
+        groups = server.random_groups(names[:4], 0, number)
+        assert sorted(map(len, groups)) == [2, 2] and sorted(sum(groups, [])) == names[:4]
+    assert sorted(map(len, server.random_groups(names, 0, 1))) == [2, 3]
+    assert [sorted(g) for g in server.random_groups(names[:3], 0, 1)] == [names[:3]]
+    assert len({str(server.random_groups(names, 0, number)) for number in range(10)}) > 1
+    updates = [Update(n, state(float(i)), i + 1, {}) for i, n in enumerate(names[:4])]
+    sent = server.group_step(updates, 0, 1)
+    for group in server.random_groups(names[:4], 0, 1):
+        mean = server.aggregate([u for u in updates if u.client in group])
+        assert all(equal(sent[name], mean) for name in group)
+
+
+def test_group_averaging_of_four_differs_from_fedavg_and_validates_the_average_of_all() -> None:
+    four = [*SITES, site("west", 4)]
+    grouped = run("ssfl_published", sites=four)
+    assert equal(grouped.models["west"], grouped.models["east"])  # the average of all clients
+    assert grouped.ledger.total("up") == grouped.ledger.total("down") * TINY.rounds // (TINY.rounds + 1)
+
+
+def test_distillation_is_weighted_by_the_agreement_of_the_teacher_with_a_clients_labels() -> None:
+    signals = clients.signals_for(TEACHER, SITES[0], TINY, 0)
+    cases = [
+        Case("x", image, label, np.eye(4), None, SHAPE, np.eye(4), (1, 2, 3))
+        for image, label in zip(SITES[0].labelled_images, SITES[0].labels, strict=True)
+    ]
+    assert signals.trust == pytest.approx(training.validate(TEACHER, cases))
+    distrusted = updated("trusted_kd", signals=replace(signals, trust=0.0))
+    assert equal(distrusted.state, updated("fedavg").state)
+    full = updated("trusted_kd", signals=replace(signals, trust=1.0))
+    assert equal(full.state, updated("strong_kd", signals=signals).state)
+    assert teacher.agreement(TEACHER, torch.zeros((0, 1, *SHAPE)), torch.zeros((0, *SHAPE)), (1, 2)) == 0.0
+
+
+def test_a_small_student_learns_but_cannot_start_at_the_teacher() -> None:
+    small = replace(TINY, student_shrink=2)
+    assert next(iter(run("fedavg", settings=small).models.values()))["body.model.0.conv.weight"].shape[0] == 2
+    with pytest.raises(FederationError, match="student_shrink must be 1 and not 2"):
+        run("finetune", settings=small)
+    with pytest.raises(FederationError, match="student_shrink must be 1"):
+        run("dual_kd", settings=small, teacher_update=TeacherUpdate("hand_over", 1, 0.5))
+    with pytest.raises(ValueError, match="student_shrink 3 does not divide"):
+        networks.build_student(replace(TINY, student_shrink=3), 0)
+
+
+def test_pooled_takes_one_site() -> None:
+    with pytest.raises(FederationError, match="one site with everything"):
+        federation.run_federation(TINY, "pooled", SITES)
 
 
 # --- a teacher that moves ---------------------------------------------------------------------------------------
@@ -329,7 +549,7 @@ def test_the_released_counter_ships_and_erases_the_teacher(monkeypatch: pytest.M
     long = replace(TINY, local_epochs=30, steps_per_epoch=1, rounds=1, batch_labelled=1, batch_unlabelled=1)
     start = networks.copy_state(networks.build_network(long, 0))
     signals = federation.signals_for(TEACHER, SITES[0], long, 0)
-    monkeypatch.setattr(federation, "signals_for", lambda *a: signals)  # so that both have the same students
+    monkeypatch.setattr(clients, "signals_for", lambda *a: signals)  # so that both have the same students
     ends = []
     for seed in (99, 100):
         master = teacher.freeze(networks.build_network(long, seed))
@@ -357,12 +577,26 @@ class Killed(BaseException):
     """As a KeyboardInterrupt: nobody catches it."""
 
 
-@pytest.mark.parametrize("row", ["local_only", "dual_kd"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("row", "workers"),
+    [
+        ("local_only", 1),
+        ("local_only", 2),
+        ("dual_kd", 1),
+        ("dual_kd", 2),
+        ("uamt", 2),
+        ("local_uamt", 1),
+        ("finetune_uamt", 1),
+        ("fedbn", 1),
+        ("ssfl_published", 1),
+        ("combined_kd", 1),
+        ("small_kd", 1),
+    ],
+)
 def test_a_killed_run_goes_on_with_the_same_numbers(row: str, workers: int, tmp_path: Path) -> None:
     """Killed inside the first round, inside the second, and once more soon after it was resumed."""
     whole = undisturbed(row)
-    looks = 11 if row == "dual_kd" else 0
+    looks = 11 if ROWS[row].distils else 0
     for kill_after in (looks + 2, looks + 15, looks + 13):
         steps = 0
 

@@ -17,6 +17,7 @@ from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from fedkd_utils import figures
+from fedkd_utils.methods import ROWS
 
 matplotlib.use("Agg")
 SPACING = (4.0, 1.5, 1.0)
@@ -284,3 +285,50 @@ def test_stacked_bytes_add_up():
         tops[x] = max(tops.get(x, 0), bar.get_y() + bar.get_height())
     assert tops == pytest.approx({r: v / 1e6 for r, v in ledger.groupby("round")["bytes"].sum().items()})
     assert alt.endswith("In all: student down 20.0 MB; student up 20.0 MB; teacher down 0.5 MB.")
+
+
+def test_every_row_has_a_look_of_its_own():
+    assert list(figures.ROW_STYLE) == list(ROWS)
+    assert {row: style[0] for row, style in figures.ROW_STYLE.items()} == {row: m.title for row, m in ROWS.items()}
+
+
+def test_a_forest_marks_what_excludes_zero():
+    frame = pd.DataFrame(
+        [
+            {"row": "fedavg", "difference": 0.05, "low": 0.02, "high": 0.08},
+            {"row": "finetune", "difference": -0.01, "low": -0.03, "high": 0.01},
+            {"row": "fedavg clients_2", "difference": -0.2, "low": -0.3, "high": -0.1},
+        ]
+    )
+    figure, alt = figures.forest(frame, "Dual distillation minus each", "difference in Dice")
+    assert alt == (
+        "Dual distillation minus each: 3 differences as points with 95 % intervals as bars; 1 lie above zero, 1 below "
+        "it, and 1 hold zero inside. From the top: FedAvg, labelled only; Fine-tuned teacher; "
+        "FedAvg, labelled only (clients 2)."
+    )
+    axis = figure.axes[0]
+    bars, points = axis.lines[0:6:2], axis.lines[1:6:2]
+    assert [list(bar.get_xdata()) for bar in bars] == [[0.02, 0.08], [-0.03, 0.01], [-0.3, -0.1]]
+    assert [point.get_fillstyle() for point in points] == ["full", "none", "full"]
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first on top
+
+
+def test_the_pareto_front_is_what_no_cheaper_row_reaches():
+    frame = pd.DataFrame(
+        [
+            {"row": "fedavg", "dice": 0.7, "mb": 10.0},
+            {"row": "dual_kd", "dice": 0.8, "mb": 12.0},
+            {"row": "uamt", "dice": 0.75, "mb": 12.0},
+            {"row": "teacher_only", "dice": 0.6, "mb": 2.0},
+            {"row": "fedprox", "dice": 0.69, "mb": 11.0},
+        ]
+    )
+    assert figures.pareto_front(frame, "mb") == ["teacher_only", "fedavg", "dual_kd"]
+    figure, alt = figures.pareto(frame, "mb", "MB", "Dice against bytes")
+    assert alt == (
+        "Dice against bytes: mean Dice over MB of 5 rows. On the front, from cheap to dear: Teacher only; "
+        "FedAvg, labelled only; Dual distillation."
+    )
+    drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[0].lines[:5]}
+    assert drawn["Dual distillation"] == (12.0, 0.8) and figure.axes[0].get_legend() is not None
+    assert list(figure.axes[0].lines[5].get_ydata()) == [0.6, 0.7, 0.8]

@@ -399,3 +399,66 @@ def test_bad_input_is_named():
     for tau in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="temperature"):
             losses.feature_distillation(z, z, tau)
+
+
+# --- ours, and pseudo-labels ------------------------------------------------------------------------------------
+
+
+def test_strong_response_is_its_equation_and_zero_only_at_the_teacher() -> None:
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn((2, 4, 2, 3, 3), generator=generator, dtype=torch.float64, requires_grad=True)
+    q = torch.randn((2, 4, 2, 3, 3), generator=generator, dtype=torch.float64).softmax(1)
+    mask = torch.rand((2, 2, 3, 3), generator=generator) < 0.6
+    p = z.softmax(1)
+    cross, dice = 0.0, 0.0
+    for b in range(2):
+        for c in range(4):
+            top, bottom = 1.0, 1.0
+            for v in itertools.product(range(2), range(3), range(3)):
+                if mask[(b, *v)]:
+                    pv, qv = p[(b, c, *v)].item(), q[(b, c, *v)].item()
+                    cross -= qv * math.log(pv) / int(mask.sum())
+                    top += 2 * pv * qv
+                    bottom += pv**2 + qv**2
+            dice += (1 - top / bottom) / 8
+    loss = losses.response_cross_entropy_dice(z, q, mask)
+    assert loss.item() == pytest.approx(0.5 * cross + 0.5 * dice, rel=1e-12)
+    loss.backward()
+    assert z.grad is not None and z.grad.abs().sum() > 0
+    same = q.log().requires_grad_(True)
+    least = losses.response_cross_entropy_dice(same, q, mask)
+    least.backward()
+    assert same.grad is not None and same.grad.abs().max() < 1e-12  # a minimum, also for a soft teacher
+    entropy = losses.entropy(q)[mask].mean().item()
+    assert least.item() == pytest.approx(0.5 * entropy, rel=1e-9) and least < loss
+    nothing = losses.response_cross_entropy_dice(z, q, torch.zeros_like(mask))
+    assert nothing.item() == 0
+    with pytest.raises(ValueError, match="differ in shape"):
+        losses.response_cross_entropy_dice(z, q[:, :3], mask)
+
+
+def test_pseudo_labels_count_where_they_are_sure_and_move_logits_only() -> None:
+    generator = torch.Generator().manual_seed(4)
+    z = torch.randn((2, 4, 3, 3), generator=generator, dtype=torch.float64, requires_grad=True)
+    p = (2 * torch.randn((2, 4, 3, 3), generator=generator, dtype=torch.float64)).softmax(1).requires_grad_(True)
+    for confidence in (0.0, 0.5, 0.8, 1.0):
+        expected = 0.0
+        for b, i, j in itertools.product(range(2), range(3), range(3)):
+            best = max(range(4), key=lambda c: p[b, c, i, j].item())
+            if p[b, best, i, j].item() >= confidence:
+                expected -= math.log(z[b, :, i, j].softmax(0)[best].item()) / 18
+        assert losses.pseudo_label_loss(z, p, confidence).item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    losses.pseudo_label_loss(z, p, 0.5).backward()
+    assert p.grad is None and z.grad is not None and z.grad.abs().sum() > 0
+    assert losses.pseudo_label_loss(z, p, 1.0).item() == 0
+
+
+def test_cross_entropy_is_that_of_torch_and_half_of_the_supervised_loss() -> None:
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn((2, 4, 3, 3), generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 4, (2, 3, 3), generator=generator)
+    assert losses.cross_entropy(z, labels).item() == pytest.approx(
+        torch.nn.functional.cross_entropy(z, labels).item(), rel=1e-12
+    )
+    part = losses.cross_entropy(z, torch.where(labels == 3, 0, labels), (1, 2)).item()
+    assert 0 < part < losses.cross_entropy(z, torch.where(labels == 3, 0, labels)).item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkd_utils import methods, networks, teacher
+from fedkd_utils import losses, methods, networks, objectives, teacher
 from fedkd_utils.methods import ROWS, Batch
+from fedkd_utils.seeds import generator_of
 from fedkd_utils.settings import QUICK
 
 TINY = replace(QUICK, name="tiny", grid_shape=(4, 16, 16), channels=(4, 8), dropout=0.0, feature_temperature=1.0)
@@ -132,15 +134,141 @@ def test_an_uncertain_teacher_is_not_listened_to() -> None:
 
 
 def test_rows_say_what_travels() -> None:
-    assert list(ROWS) == ["teacher_only", "local_only", "fedavg", "dual_kd"]
-    assert {name: (m.federated, m.needs_teacher, m.objective is not None) for name, m in ROWS.items()} == {
-        "teacher_only": (False, True, False),
-        "local_only": (False, False, True),
-        "fedavg": (True, False, True),
-        "dual_kd": (True, True, True),
-    }
+    assert list(ROWS)[:2] == ["teacher_only", "local_only"] and {"fedavg", "dual_kd", "pooled"} < set(ROWS)
     assert all(name == method.name for name, method in ROWS.items())
     assert len({method.title for method in ROWS.values()}) == len(ROWS)
+    assert len({method.identity() for method in ROWS.values()}) == len(ROWS)
+    alone = {name for name, m in ROWS.items() if not m.federated}
+    assert alone == {"teacher_only", "teacher_random", "local_only", "local_uamt", "pooled"}
+    untaught = {name for name, m in ROWS.items() if not m.needs_teacher}
+    assert untaught == {
+        *("local_only", "local_uamt", "fedavg", "fedprox", "fedbn", "mean_teacher", "uamt", "ssfl_released"),
+        *("ssfl_published", "fedsemi", "pooled", "small_fedavg"),
+    }
+    for method in ROWS.values():
+        assert sum((method.distils, method.mean_teacher, method.pseudo_labels)) <= 1
+        assert method.adapt(method.adapt(TINY)) == method.adapt(TINY)
+        assert bool(method.assumes) == (method.needs_teacher or method.pooled)
+        for name in ("rounds", "local_epochs", "steps_per_epoch", "batch_labelled", "batch_unlabelled"):
+            assert getattr(method.adapt(TINY), name) == getattr(TINY, name), "the same budget for every row"
+
+
+def test_a_title_may_be_reworded_but_a_number_may_not() -> None:
+    dual = ROWS["dual_kd"]
+    assert replace(dual, title="x", source="y", assumes="z").identity() == dual.identity()
+    for other in ({"changes": {"confidence": 0.1}}, {"groups": True}, {"objective": methods.supervised}):
+        assert replace(dual, **other).identity() != dual.identity()
+
+
+def cross_entropy_and_dice(student: networks.TappedNetwork, b: Batch) -> tuple[float, float]:
+    """CE and L_sup of the labelled half, voxel sums written out."""
+    p = functional.softmax(student(b.images), 1)
+    y = functional.one_hot(b.labels, 4).movedim(-1, 1).double()
+    ce = -(y * p.log()).sum().item() / b.labels.numel()
+    return ce, brute_force(student, b, 0.0)["supervised"]
+
+
+def clipped(shape: torch.Size, seed: int, name: str, sigma: float) -> torch.Tensor:
+    drawn = torch.randn(shape, generator=generator_of(seed, name))
+    return (sigma * drawn).clamp(-2 * sigma, 2 * sigma).double()
+
+
+def pseudo(z: torch.Tensor, p: torch.Tensor, confidence: float) -> float:
+    logs, total = z.log_softmax(1), 0.0
+    for b in range(len(z)):
+        for v in itertools.product(*(range(n) for n in z.shape[2:])):
+            named = int(p[(b, slice(None), *v)].argmax())
+            if p[(b, named, *v)] >= confidence:
+                total -= logs[(b, named, *v)].item()
+    return total * z.shape[1] / z.numel()
+
+
+def surer(student: networks.TappedNetwork) -> networks.TappedNetwork:
+    """A student that is sure of some voxels and not of others, as random weights never are."""
+    with torch.no_grad():
+        student.body.get_submodule("model.2.conv").weight.mul_(4)  # type: ignore[operator, union-attr]
+    return student
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 1.0])
+def test_pseudo_label_objectives_are_their_equations(confidence: float) -> None:
+    student, _, b = batch()
+    student, b = surer(student), replace(b, seed=7)
+    assert b.unlabelled is not None
+    settings = replace(TINY, confidence=confidence)
+    with torch.no_grad():
+        ce, supervised = cross_entropy_and_dice(student, b)
+        u = b.unlabelled
+        views = {"clean": u, "noisy": u + clipped(u.shape, 7, "noisy", 0.1)}
+        views |= {"weak": u + clipped(u.shape, 7, "weak", 0.25), "strong": u + clipped(u.shape, 7, "strong", 0.75)}
+        z = {name: student(view) for name, view in views.items()}
+        p = {name: logits.softmax(1) for name, logits in z.items()}
+        released = ce + sum(pseudo(z[name], p[name], confidence) for name in ("clean", "noisy"))
+        published = supervised + pseudo(z["strong"], p["weak"], confidence)
+        parts = objectives.pseudo_labels_released(student, b, 0.3, settings)
+        assert parts["loss"].item() == pytest.approx(released, rel=1e-6)
+        parts = objectives.weak_to_strong(student, b, 0.3, settings)
+        assert parts["loss"].item() == pytest.approx(published, rel=1e-6)
+        assert (parts["pseudo"].item() > 0) == (confidence < 1)
+    with pytest.raises(ValueError, match="Pseudo-labels need unlabelled"):
+        objectives.weak_to_strong(student, replace(b, unlabelled=None), 0.3, settings)
+
+
+def test_weak_to_strong_teaches_the_strong_view_only() -> None:
+    """The gradient is that of the strong view with fixed labels: nothing flows through the names."""
+    student, _, b = batch()
+    student, b, settings = surer(student), replace(b, seed=7), replace(TINY, confidence=0.5)
+    assert b.unlabelled is not None
+    objectives.weak_to_strong(student, b, 0.3, settings)["loss"].backward()
+    got = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    with torch.no_grad():
+        named = student(b.unlabelled + clipped(b.unlabelled.shape, 7, "weak", 0.25)).softmax(1)
+    sure, classes = named.max(1)
+    z = student(b.unlabelled + clipped(b.unlabelled.shape, 7, "strong", 0.75))
+    loss = methods.supervised(student, b, 0.3, settings)["loss"]
+    (loss + (functional.cross_entropy(z, classes, reduction="none") * (sure >= 0.5)).mean()).backward()
+    expected = [p.grad for p in student.parameters() if p.grad is not None]
+    assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-12) for a, e in zip(got, expected, strict=True))
+
+
+def test_the_proximal_term_is_half_mu_times_the_squared_distance() -> None:
+    student, _, b = batch()
+    start = {name: p.detach() + 0.1 * i for i, (name, p) in enumerate(student.named_parameters())}
+    b, settings = replace(b, received=start), replace(TINY, proximal_weight=0.3)
+    parts = objectives.proximal(student, b, 0.0, settings)
+    distance = sum(0.01 * i**2 * p.numel() for i, p in enumerate(student.parameters()))
+    assert parts["distance"].item() == pytest.approx(distance, rel=1e-9)
+    assert parts["loss"].item() == pytest.approx(parts["supervised"].item() + 0.15 * distance, rel=1e-9)
+    parts["loss"].backward()
+    with_term = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+    student.zero_grad()
+    methods.supervised(student, b, 0.0, settings)["loss"].backward()
+    for i, (p, grad) in enumerate(zip(student.parameters(), with_term, strict=True)):
+        assert p.grad is not None and torch.allclose(grad - p.grad, torch.full_like(p, -0.3 * 0.1 * i), atol=1e-12)
+    none = objectives.proximal(student, replace(b, received=None), 0.0, replace(TINY, proximal_weight=0.0))
+    assert torch.equal(none["loss"], methods.supervised(student, b, 0.0, settings)["loss"])
+    with pytest.raises(ValueError, match="FedProx needs the parameters"):
+        objectives.proximal(student, replace(b, received=None), 0.0, settings)
+
+
+def test_trust_scales_both_terms_and_a_ramp_of_no_length_is_none() -> None:
+    student, _, b = batch()
+    with torch.no_grad():
+        full, half, none = (methods.dual_distillation(student, replace(b, trust=t), 0.4, TINY) for t in (1.0, 0.5, 0.0))
+        added = full["loss"] - full["supervised"]
+        assert (half["loss"] - half["supervised"]).item() == pytest.approx(added.item() / 2, rel=1e-9)
+        assert none["loss"].item() == none["supervised"].item()
+        strong = replace(TINY, response_loss="cross_entropy_dice", response_weight=1.0, response_ramp=0.0)
+        strong = replace(strong, feature_weight=0.0)
+        parts = methods.dual_distillation(student, b, 0.0, strong)
+        assert (parts["loss"] - parts["supervised"]).item() == pytest.approx(parts["response"].item(), rel=1e-9)
+        assert b.teacher_probabilities is not None and b.teacher_entropy is not None and b.unlabelled is not None
+        mask = b.teacher_entropy < (0.75 + 0.25 * math.exp(-5)) * math.log(4)
+        expected = losses.response_cross_entropy_dice(student(b.unlabelled), b.teacher_probabilities, mask)
+        assert parts["response"].item() == pytest.approx(expected.item(), rel=1e-9) and "feature" not in parts
+    with pytest.raises(ValueError, match="response_loss must be one of squares, cross_entropy_dice, not 'l1'"):
+        methods.dual_distillation(student, b, 0.0, replace(TINY, response_loss="l1"))
 
 
 def test_distillation_without_signals_is_refused() -> None:

@@ -203,3 +203,44 @@ def test_a_state_keeps_its_float_type() -> None:
     exact = {k: v.double() for k, v in networks.build_network(TINY, 1).state_dict().items()}
     networks.load_state(network, exact)
     assert network(volumes(TINY).double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"), [(QUICK, "body.model.2.conv.bias"), (VNET, "body.out_tr.conv2.bias")], ids=["unet", "vnet"]
+)
+def test_a_new_network_expects_classes_as_often_as_they_are(settings: Settings, last: str) -> None:
+    network = networks.build_network(settings, 3).eval()
+    assert network.state_dict()[last].softmax(dim=0).tolist() == pytest.approx(networks.CLASS_FREQUENCY)
+    with torch.inference_mode():
+        seen = network(volumes(settings)).softmax(dim=1).mean(dim=(0, 2, 3, 4))
+    assert seen[0] > 0.8  # untrained, it already calls most of a volume background
+
+
+@pytest.mark.parametrize("architecture", ["unet", "vnet"])
+@pytest.mark.parametrize(
+    ("kind", "layer", "tensors"),
+    [("batch", nn.BatchNorm3d, 5), ("group", nn.GroupNorm, 2), ("instance", nn.InstanceNorm3d, 0)],
+)
+def test_another_normalisation_replaces_every_layer_and_leaves_the_initial_weights(
+    architecture: str, kind: str, layer: type[nn.Module], tensors: int
+) -> None:
+    base = replace(VNET, architecture=architecture)
+    plain, other = networks.build_network(base, 3), networks.build_network(replace(base, normalisation=kind), 3)
+    found = [m for m in other.modules() if "Norm" in type(m).__name__]
+    assert found and all(type(m) is layer for m in found)
+    assert len(networks.normalisation_names(other)) == tensors * len(found)
+    local = networks.normalisation_names(other) | networks.normalisation_names(plain)
+    weights = {k for k in plain.state_dict() if k not in local}
+    assert weights and all(torch.equal(plain.state_dict()[k], other.state_dict()[k]) for k in weights)
+    with pytest.raises(ValueError, match="normalisation must be"):
+        networks.build_network(replace(base, normalisation="layer"), 0)
+
+
+def test_a_shrunk_student_is_narrower_at_every_level() -> None:
+    small = networks.build_student(replace(QUICK, student_shrink=4), 0)
+    narrow = networks.build_network(replace(QUICK, channels=(4, 8, 16, 32)), 0)
+    assert all(torch.equal(small.state_dict()[k], v) for k, v in narrow.state_dict().items())
+    wide = networks.build_student(QUICK, 0).state_dict()
+    assert networks.nbytes(wide) > 15 * networks.nbytes(small.state_dict())
+    with pytest.raises(ValueError, match="does not divide the channels"):
+        networks.build_student(replace(VNET, student_shrink=2), 0)

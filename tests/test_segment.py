@@ -22,6 +22,7 @@ from nibabel import orientations
 from torch import nn
 
 from fedkd_utils import cohorts, metrics, segment, transforms
+from fedkd_utils.__main__ import main
 from fedkd_utils.settings import QUICK
 
 SMALL = dataclasses.replace(QUICK, grid_shape=(8, 16, 16), grid_spacing_mm=(4.0, 2.0, 2.0))
@@ -469,3 +470,13 @@ def test_a_network_that_cannot_segment_is_refused(tmp_path):
         segment.segment_volume(path, lambda x: bright(x) * math.nan, SMALL)
     with pytest.raises(ValueError, match="4 classes"):
         segment.segment_volume(path, lambda x: x, SMALL)
+
+
+def test_the_command_refuses_a_bad_file_before_it_trains_anything(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FEDKD_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.nii.gz").write_bytes(b"no gzip")
+    for name in ("missing.nii.gz", "broken.nii.gz"):
+        assert main(["segment", str(tmp_path / name)]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ") and name in shown.err and shown.err.count("\n") == 1
+    assert not (tmp_path / "cache").exists()

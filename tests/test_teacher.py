@@ -202,8 +202,8 @@ def test_stochastic_passes_raise_the_entropy_of_the_mean() -> None:
 
 def test_bad_signal_requests_are_refused() -> None:
     network = teacher.freeze(networks.build_network(TINY, 0))
-    for volumes, passes, seeds in ((images(2), 0, [1, 2]), (images(2), 3, [1]), (images(0), 3, [])):
-        with pytest.raises(ValueError, match="seed per volume"):
+    for volumes, passes, seeds in ((images(2), -1, [1, 2]), (images(2), 3, [1]), (images(0), 3, [])):
+        with pytest.raises(ValueError, match="a seed for each"):
             teacher.teacher_signals(network, volumes, passes, seeds)
 
 
@@ -247,3 +247,18 @@ def test_pretraining_learns_the_repository(cache: Path) -> None:
     from fedkd_utils.transforms import load_site
 
     assert training.validate(made.network, load_site(repository, longer).validation) == made.best_dice
+
+
+def test_without_passes_the_teacher_is_trusted_everywhere() -> None:
+    network = teacher.freeze(networks.build_network(TINY, 0))
+    none, some = (teacher.teacher_signals(network, images(2), passes, [1, 2]) for passes in (0, 3))
+    assert none.entropy.abs().max() == 0 and losses.uncertainty_mask(none.entropy, 0.0, 4).all()
+    assert torch.equal(none.probabilities, some.probabilities) and torch.equal(none.features, some.features)
+
+
+def test_another_contrast_is_another_teacher_of_the_same_subjects(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(teacher.cohorts, "make_repository", lambda s, scanner, root=None: asked.append(scanner))
+    monkeypatch.setattr(teacher, "teacher_on", lambda *a: None)
+    teacher.teacher_for(replace(TINY, teacher_contrast="random"), "paper_like")
+    assert asked == ["random"]

@@ -296,7 +296,7 @@ def test_progress_passes_strict_nbval_with_an_output_that_never_changes(tmp_path
     )
     cell = nbformat.v4.new_code_cell(source, execution_count=1)
     widget = {"model_id": "0123456789abcdef", "version_major": 2, "version_minor": 0}
-    data = {"application/vnd.jupyter.widget-view+json": widget, "text/plain": "Teacher: 3 steps"}
+    data = {"application/vnd.jupyter.widget-view+json": widget, "text/plain": "Teacher: finished"}
     cell.outputs = [nbformat.v4.new_output("display_data", data=data)]
     notebook = nbformat.v4.new_notebook(cells=[cell])
     nbformat.write(notebook, tmp_path / "bar.ipynb")

@@ -1,0 +1,200 @@
+"""Committed results: one small file per point, what it was made with, and whether that still holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from fedkd_utils.experiments import Result
+from fedkd_utils.federation import FEDERATION_CODE
+from fedkd_utils.grids import Point
+from fedkd_utils.methods import ROWS
+from fedkd_utils.networks import write_atomically
+from fedkd_utils.provenance import code_hash
+from fedkd_utils.settings import CLASS_NAMES, Settings
+
+#: Code that makes the volumes; with the sizes of a cohort it says what is in them, so no volume is needed to check.
+DATA_CODE = ("anatomy", "acquisition", "cohorts")
+
+#: Significant digits that a file keeps: a Dice to a ten-thousandth, a hundredth of what a seed moves.
+DIGITS = 4
+
+_TABLES = ("history", "test", "messages")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A result and its provenance."""
+
+    result: Result
+    label: str  # of the point: what differs from the profile
+    made_with: dict[str, Any]  # the row's identity, hashes of code and data
+    machine: dict[str, Any]  # cores, processor, device, threads, workers: a class of machines, never a name
+    date: str  # UTC, YYYY-MM-DD
+    command: str
+    elapsed: float  # seconds of the whole point: loading, training, validation and test
+
+    @property
+    def row(self) -> str:
+        """The row's name."""
+        return self.result.row
+
+    @property
+    def setting(self) -> str:
+        """Of the clients."""
+        return self.result.setting
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.result.seed
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """Bytes by round, direction and kind, over all clients."""
+        return self.result.messages
+
+    def test_frame(self) -> pd.DataFrame:
+        """See :meth:`experiments.Result.test_frame`."""
+        return self.result.test_frame()
+
+    def history_frame(self) -> pd.DataFrame:
+        """See :meth:`experiments.Result.history_frame`."""
+        return self.result.history_frame()
+
+
+def made_with(point: Point, profile: Settings) -> dict[str, Any]:
+    """The row's definition, and hashes of the code that trains and of the code and sizes that make the volumes."""
+    disk = point.disk(profile)
+    sizes = {name: value for name, value in dataclasses.asdict(disk).items() if name.startswith(("client", "repo"))}
+    data = json.dumps([sizes, code_hash(DATA_CODE)], sort_keys=True)
+    return {
+        "method": ROWS[point.row].identity(),
+        "code": code_hash(FEDERATION_CODE),
+        "data": hashlib.sha256(data.encode()).hexdigest(),
+        "teacher_update": dataclasses.asdict(point.teacher_update),
+    }
+
+
+def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
+    """The settings that a record of this point must name."""
+    settings = ROWS[point.row].adapt(point.settings(profile))
+    if ROWS[point.row].pooled:
+        settings = dataclasses.replace(settings, steps_per_epoch=settings.steps_per_epoch * settings.clients)
+    facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return facts
+
+
+def record(
+    result: Result, point: Point, profile: Settings, command: str, elapsed: float, workers: int | None
+) -> Record:
+    """A result with its provenance, as it will be written."""
+    machine = {
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "system": platform.system(),
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "workers": workers,
+    }
+    messages = pd.DataFrame(result.messages, columns=["round", "direction", "client", "what", "bytes"])
+    grouped = messages.groupby(["round", "direction", "what"], sort=False)["bytes"]
+    sums = grouped.agg(["size", "sum"]).reset_index().rename(columns={"size": "messages", "sum": "bytes"})
+    compact = dataclasses.replace(result, messages=json.loads(sums.to_json(orient="records")))
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return Record(compact, point.label, made_with(point, profile), machine, date, command, elapsed)
+
+
+def write_record(folder: Path, record: Record, name: str) -> Path:
+    """Write ``<name>.json``, completely or not at all: a line per fact, tables without repeated names."""
+    facts = dataclasses.asdict(record)
+    result = facts.pop("result")
+    for line in result["test"]:
+        line.pop("cartilage")  # its class says it
+    for table in _TABLES:
+        result[table] = _pack(result[table])
+    lines = [f"{json.dumps(key)}: {_dense(value)}" for key, value in {**result, **facts}.items()]
+    return write_atomically(folder / f"{name}.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _dense(value: Any) -> str:
+    return json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if value - value == 0 else None
+    return value
+
+
+def _pack(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return {"columns": columns, "rows": [[row.get(name) for name in columns] for row in rows]}
+
+
+def read_record(path: Path) -> Record:
+    """The record in a file of :func:`write_record`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a record; names the file and the remedy.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        for table in _TABLES:
+            packed = facts[table]
+            facts[table] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
+        for line in facts["test"]:
+            line["cartilage"] = CLASS_NAMES[line["class"]]
+        names = {field.name for field in dataclasses.fields(Result)}
+        result = Result(**{name: facts.pop(name) for name in list(facts) if name in names})
+        return Record(result=result, **facts)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run its grid again.") from error
+
+
+def stale(record: Record, point: Point, profile: Settings) -> list[str]:
+    """Why a record is no longer what its point would give; empty when it is."""
+    reasons = []
+    wanted, had = expected_settings(point, profile), record.result.settings
+    for name in dict.fromkeys([*wanted, *had]):
+        if _rounded(wanted.get(name)) != had.get(name):
+            reasons.append(f"{name} was {had.get(name)} and is {wanted.get(name)}")
+    now = made_with(point, profile)
+    words = {
+        "method": "the row is defined otherwise",
+        "code": "the code that trains has changed",
+        "data": "the volumes are made otherwise",
+        "teacher_update": "the teacher moves otherwise",
+    }
+    return reasons + [words[key] for key in now if _rounded(now[key]) != record.made_with.get(key)]
+
+
+def read_all(folder: Path, points: Iterable[Point]) -> dict[Point, Record]:
+    """The records of those points that have a file."""
+    paths = {point: folder / f"{point.name}.json" for point in points}
+    return {point: read_record(path) for point, path in paths.items() if path.is_file()}
+
+
+def by_row(records: Mapping[Point, Record], setting: str | None = None) -> dict[str, list[Record]]:
+    """The records by row and label, "row" or "row label", in the order of the points; of one setting or of all."""
+    grouped: dict[str, list[Record]] = {}
+    for point, found in records.items():
+        if setting in (None, point.setting):
+            grouped.setdefault(f"{point.row} {point.label}".strip(), []).append(found)
+    return grouped

@@ -1,0 +1,118 @@
+"""The server: it averages what clients send, and notes what every message costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from fedkd_utils.clients import FederationError, Update
+from fedkd_utils.networks import State, check_finite, check_layout, nbytes
+from fedkd_utils.seeds import generator_of
+
+
+def aggregate(updates: Sequence[Update]) -> State:
+    """FedAvg (McMahan et al., arXiv 1602.05629): theta = sum_k n_k theta_k / sum_k n_k.
+
+    Floating tensors, batch statistics too, are summed in float64 in the order of the clients' names, so the
+    result does not depend on who answered first; integer counters are copied from the first name.
+
+    Raises:
+        FederationError: no update, two of one client, a count below 1.
+        CheckpointError: NaN, or names or shapes that differ; names the client.
+    """
+    ordered = sorted(updates, key=lambda update: update.client)
+    _check_updates(ordered)
+    return weighted_mean([update.state for update in ordered], [update.n_examples for update in ordered])
+
+
+def _check_updates(updates: Sequence[Update]) -> None:
+    if not updates:
+        raise FederationError("No client sent an update: nothing can be averaged.")
+    names = [update.client for update in updates]
+    if len(set(names)) < len(names):
+        raise FederationError(f"Two updates of one client among {names}: count every client once a round.")
+    for update in updates:
+        source = f"The update of client {update.client}"
+        if update.n_examples < 1:
+            raise FederationError(f"{source} counts {update.n_examples} examples: it must have at least 1.")
+        check_layout(update.state, updates[0].state, source)
+        check_finite(update.state, source)
+
+
+def weighted_mean(states: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> State:
+    """The mean of states with whole-number weights, in the order given; see :func:`aggregate`."""
+    total = sum(counts)
+    averaged = {}
+    for name, first in states[0].items():
+        if first.is_floating_point():
+            weighted = torch.zeros_like(first, dtype=torch.float64)
+            for state, count in zip(states, counts, strict=True):
+                weighted += state[name].double() * (count / total)
+            averaged[name] = weighted.to(first.dtype)
+        else:
+            averaged[name] = first.clone()
+    return averaged
+
+
+def server_step(global_state: Mapping[str, Tensor], updates: Sequence[Update]) -> State:
+    """The next global student from the last one and the updates of a round.
+
+    Raises:
+        CheckpointError: an update does not have the layout of the global student; names the client.
+    """
+    for update in updates:
+        check_layout(update.state, global_state, f"The update of client {update.client}")
+    return aggregate(updates)
+
+
+def random_groups(names: Sequence[str], seed: int, round_number: int) -> list[list[str]]:
+    """Clients in random groups of two, or three when their number is odd; new ones in every round.
+
+    For group averaging (Zhang et al., arXiv 2008.11364): fewer models in one average differ less. Three
+    clients or fewer are one group, which is FedAvg.
+    """
+    ordered = sorted(names)
+    shuffled = torch.randperm(len(ordered), generator=generator_of(seed, "groups", round_number)).tolist()
+    count = max(len(ordered) // 2, 1)
+    return [[ordered[k] for k in shuffled[first::count]] for first in range(count)]
+
+
+def group_step(updates: Sequence[Update], seed: int, round_number: int) -> dict[str, State]:
+    """What each client gets back when averages are taken within :func:`random_groups`, by client."""
+    sent: dict[str, State] = {}
+    for group in random_groups([update.client for update in updates], seed, round_number):
+        average = aggregate([update for update in updates if update.client in group])
+        sent |= {name: average for name in group}
+    return sent
+
+
+@dataclass
+class Ledger:
+    """One line per message: round, direction ("down" to a client, "up" to the server), client, what, bytes.
+
+    Bytes are those of the tensors. Example counts and scores, some bytes a message, are left out.
+    """
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, round_number: int, direction: str, client: str, what: str, state: Mapping[str, Tensor]) -> None:
+        """Note one message; round 0 is before training."""
+        entry = {"round": round_number, "direction": direction, "client": client, "what": what, "bytes": nbytes(state)}
+        self.entries.append(entry)
+
+    def total(self, direction: str | None = None, what: str | None = None) -> int:
+        """Bytes of all messages, or of those in one direction or of one kind."""
+        return sum(
+            entry["bytes"]
+            for entry in self.entries
+            if direction in (None, entry["direction"]) and what in (None, entry["what"])
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """The lines as a table."""
+        return pd.DataFrame(self.entries, columns=["round", "direction", "client", "what", "bytes"])

@@ -1,0 +1,200 @@
+"""Honest comparisons: paired differences with bootstrap intervals, and what a target costs in seconds and bytes.
+
+Every row is run with the same seeds on the same test subjects, so differences are paired by both. Seeds and subjects
+are crossed: the same subjects are scanned in every seed. A resample therefore draws seeds, then subjects, once for all
+drawn seeds (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1(2), 2007); drawing subjects anew for every
+seed would count one difficult knee as often as there are seeds. Intervals are percentiles. With five seeds they are a
+little too narrow in what concerns seeds: read an end close to zero as undecided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+#: Resamples behind an interval: its ends move by less than a hundredth of its width from one draw to another.
+RESAMPLES = 10_000
+
+
+class Measured(Protocol):
+    """What is compared: a run of a row, from memory or from a file."""
+
+    @property
+    def row(self) -> str: ...
+    @property
+    def setting(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def messages(self) -> list[dict[str, object]]: ...
+    def test_frame(self) -> pd.DataFrame:
+        """Per client, case, class and component choice: the metrics."""
+        ...
+
+    def history_frame(self) -> pd.DataFrame:
+        """Per round and client: validation Dice and seconds."""
+        ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+    subjects: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def bootstrap_interval(
+    values: NDArray[np.float64], confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of a (seeds, subjects) table and its percentile interval; NaN is left out.
+
+    One seed or one subject: that axis adds no spread, and the interval says nothing about it.
+
+    Raises:
+        ValueError: no number in the table.
+    """
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    known = ~np.isnan(values)
+    if not known.any():
+        raise ValueError("There is nothing to compare: no seed and subject has a number on both sides.")
+    rng, (seeds, subjects) = np.random.default_rng(seed), values.shape
+    drawn_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)  # how often each is drawn
+    drawn_subjects = rng.multinomial(subjects, np.full(subjects, 1 / subjects), resamples)
+    sums = ((drawn_seeds @ np.where(known, values, 0.0)) * drawn_subjects).sum(axis=1)
+    counts = ((drawn_seeds @ known.astype(np.float64)) * drawn_subjects).sum(axis=1)
+    means = sums[counts > 0] / counts[counts > 0]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values[known].mean()), float(low), float(high), seeds, subjects)
+
+
+def score_table(
+    results: Iterable[Measured], metric: str = "dice", components: str = "all", classes: Sequence[int] | None = None
+) -> pd.DataFrame:
+    """One line per seed and one column per (client, case): the mean over classes, and over settings when several.
+
+    The cases of two settings are the same subjects on other scanners, so their mean is taken before anything is drawn.
+
+    Raises:
+        ValueError: no result, or one seed that is there more often than another, or with other cases.
+    """
+    frames = []
+    for result in results:
+        frame = result.test_frame()
+        frame = frame[frame["components"] == components]
+        if classes is not None:
+            frame = frame[frame["class"].isin(classes)]
+        means = frame.groupby(["client", "case"])[metric].mean().rename("value").reset_index()
+        frames.append(means.assign(seed=result.seed, setting=result.setting))
+    if not frames:
+        raise ValueError("No result to compare: run the row first.")
+    table = pd.concat(frames)
+    counts = table.groupby(["seed", "client", "case"]).size().unstack("seed")
+    if counts.isna().any(axis=None) or counts.to_numpy().min() != counts.to_numpy().max():
+        raise ValueError("Seeds do not have the same cases and settings: finish the runs, or leave a seed out.")
+    return table.groupby(["seed", "client", "case"])["value"].mean().unstack(["client", "case"]).sort_index(axis=1)
+
+
+def difference(one: Iterable[Measured], other: Iterable[Measured], **options: object) -> Interval:
+    """one - other, paired by seed and subject; ``options`` as for :func:`score_table`.
+
+    Raises:
+        ValueError: the two sides do not have the same seeds and subjects.
+    """
+    a, b = score_table(one, **options), score_table(other, **options)  # type: ignore[arg-type]
+    if list(a.index) != list(b.index) or list(a.columns) != list(b.columns):
+        raise ValueError(
+            f"Only pairs can be compared: one side has the seeds {list(a.index)} and {a.shape[1]} cases, the other "
+            f"{list(b.index)} and {b.shape[1]} cases that may be other ones. Run what is missing."
+        )
+    return bootstrap_interval(a.to_numpy(np.float64) - b.to_numpy(np.float64))
+
+
+def difference_table(
+    results: Mapping[str, Sequence[Measured]], against: str, metric: str = "dice", components: str = "all"
+) -> pd.DataFrame:
+    """One line per name, but for ``against``: ``against`` minus it, its interval, and its own mean."""
+    lines = []
+    for name, runs in results.items():
+        if name != against:
+            found = difference(results[against], runs, metric=metric, components=components)
+            own = score_table(runs, metric, components).to_numpy(np.float64)
+            facts = {"difference": found.mean, "low": found.low, "high": found.high}
+            lines.append({"row": name, metric: float(np.nanmean(own)), **facts, "seeds": found.seeds})
+    return pd.DataFrame(lines, columns=["row", metric, "difference", "low", "high", "seeds"])
+
+
+def course_of(result: Measured) -> pd.DataFrame:
+    """One line per round: mean validation Dice over clients, seconds and MB (10^6 bytes) since the start.
+
+    Clients train side by side in a federation, so a round lasts as long as its slowest client; looking at unlabelled
+    volumes with the teacher counts in the round where it happens. MB are those of all clients in both directions, the
+    first messages included. Round 0 is before training.
+    """
+    history = result.history_frame()
+    columns = [name for name in ("seconds", "teacher_seconds") if name in history]
+    lasted = history[columns].fillna(0.0).sum(axis=1).groupby(history["round"]).max()
+    dice = history.groupby("round")["validation"].mean()
+    messages = pd.DataFrame(result.messages, columns=["round", "bytes"]).groupby("round")["bytes"].sum()
+    sent = messages.reindex(range(int(dice.index.max()) + 1), fill_value=0).cumsum() / 1e6
+    return pd.DataFrame(
+        {"round": dice.index, "dice": dice.to_numpy(), "seconds": lasted.cumsum().to_numpy(), "mb": sent[dice.index]}
+    ).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """When a validation Dice was first reached: round, seconds and MB since the start."""
+
+    round: int
+    seconds: float
+    mb: float
+
+
+def reach(result: Measured, target: float) -> Reach | None:
+    """When a run first has a mean validation Dice of ``target``; None when it never has."""
+    course = course_of(result)
+    there = course[course["dice"] >= target]
+    if there.empty:
+        return None
+    first = there.iloc[0]
+    return Reach(int(first["round"]), float(first["seconds"]), float(first["mb"]))
+
+
+def final_dice(results: Iterable[Measured]) -> float:
+    """The mean over runs of the validation Dice of the chosen round, the highest."""
+    return float(np.mean([course_of(result)["dice"].max() for result in results]))
+
+
+def best_rival(results: Mapping[str, Sequence[Measured]], rivals: Iterable[str]) -> str:
+    """The rival with the highest :func:`final_dice`: chosen on validation, never on test."""
+    return max(rivals, key=lambda name: final_dice(results[name]))
+
+
+def reach_table(results: Mapping[str, Sequence[Measured]], target: float) -> pd.DataFrame:
+    """One line per row: in how many runs the target is reached, and the median round, seconds and MB of those."""
+    lines = []
+    for name, runs in results.items():
+        found = [there for there in (reach(result, target) for result in runs) if there is not None]
+        medians = {
+            what: float(np.median([getattr(there, what) for there in found])) if found else float("nan")
+            for what in ("round", "seconds", "mb")
+        }
+        lines.append({"row": name, "reached": len(found), "runs": len(runs), **medians})
+    return pd.DataFrame(lines)

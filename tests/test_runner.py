@@ -1,0 +1,324 @@
+"""Grids, records and the runner: what is run, what a file says, and that stopping or repeating changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedkd_utils import __main__, cohorts, experiments, federation, grids, records, runner, statistics
+from fedkd_utils.acquisition import T1, Scan, Scanner
+from fedkd_utils.grids import Point
+from fedkd_utils.methods import ROWS
+from fedkd_utils.settings import PROFILES, QUICK, REFERENCE
+from fedkd_utils.teacher import RELEASE, TeacherUpdate
+
+TINY = replace(
+    QUICK,
+    name="tiny",
+    grid_shape=(4, 16, 16),
+    channels=(4, 8),
+    repository_training=3,
+    repository_validation=1,
+    repository_test=1,
+    clients=2,
+    client_labelled=1,
+    client_unlabelled=2,
+    client_validation=1,
+    client_test=2,
+    teacher_steps=6,
+    teacher_passes=2,
+    rounds=2,
+    local_epochs=1,
+    steps_per_epoch=2,
+)
+
+
+def blobs(subject: int, scanner: Scanner, scan_seed: int) -> Scan:
+    """Three bright boxes at places that depend on the subject: a volume in a millisecond."""
+    rng = np.random.default_rng([subject, scan_seed])
+    label = np.zeros((4, 18, 18), np.uint8)
+    for c in (1, 2, 3):
+        row, column = 5 * (c - 1) + rng.integers(1, 3), rng.integers(1, 9)
+        label[1:3, row : row + 4, column : column + 7] = c
+    image = (100 * label + rng.normal(100, 20, label.shape)).astype(np.float32)
+    return Scan(image, label, np.diag([4.0, 1.2, 1.2, 1.0]), "left", T1)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_cohort", "make_repository"):
+            patch.setattr(cohorts, name, functools.partial(getattr(cohorts, name), workers=1, scan=blobs))
+        yield tmp_path_factory.mktemp("cache")
+
+
+POINTS = [Point("fedavg", "paper_like"), Point("dual_kd", "paper_like", 1), Point("pooled", "heterogeneous")]
+
+
+def go(points: list[Point], folder: Path, cache: Path, **more: Any) -> tuple[runner.Standing, list[str]]:
+    said: list[str] = []
+    return runner.run_points(points, more.pop("profile", TINY), folder, cache, say=said.append, **more), said
+
+
+# --- grids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", list(PROFILES.values()), ids=list(PROFILES))
+def test_every_grid_is_whole_and_its_points_are_told_apart(profile: Any) -> None:
+    whole = grids.grid("all", profile)
+    assert len({point.name for point in whole}) == len(whole) == len(set(whole))
+    for name in grids.GRIDS:
+        points = grids.grid(name, profile)
+        assert points and {point.seed for point in points} == set(grids.SEEDS)
+        assert set(points) <= set(whole) and grids.GRIDS[name].__doc__
+    for point in whole:
+        assert point.row in ROWS and set(point.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-.")
+        settings = ROWS[point.row].adapt(point.settings(profile))
+        disk = point.disk(profile)
+        assert disk.client_labelled >= settings.client_labelled
+        assert disk.client_unlabelled >= settings.client_unlabelled
+        for change, value in point.changes:  # no row undoes what its point asks for
+            assert getattr(settings, change) == value
+        steps = settings.rounds * settings.local_epochs * settings.steps_per_epoch
+        assert steps == profile.rounds * profile.local_epochs * profile.steps_per_epoch, "the same budget"
+    rows = {(point.row, point.setting) for name in ("rows", "beyond") for point in grids.grid(name, profile)}
+    assert rows == {(row, setting) for row in ROWS for setting in grids.BOTH}
+    with pytest.raises(ValueError, match="no grid 'none': choose all or one of rows, beyond"):
+        grids.grid("none", profile)
+
+
+def test_the_issues_ablations_are_there() -> None:
+    def values(name: str, field: str) -> set[Any]:
+        return {dict(point.changes).get(field) for point in grids.grid(name, REFERENCE)}
+
+    assert values("labelled", "client_labelled") == {1, 2, 4, 8}
+    assert values("clients", "clients") == {2, 8} and values("normalisation", "normalisation") == {"batch", "group"}
+    assert {1, 4, 8} <= values("local_epochs", "local_epochs") and values("mask", "teacher_passes") == {0}
+    assert {p.teacher_update for p in grids.grid("teacher_updates", REFERENCE)} >= {
+        RELEASE,
+        TeacherUpdate("hand_over", REFERENCE.rounds // 3, 0.1),
+    }
+
+
+def test_points_are_chosen_by_name_and_shared_between_processes() -> None:
+    points = grids.grid("rows", TINY, [0, 1])
+    halves = [runner.choose(points, part=(k, 2)) for k in (1, 2)]
+    assert not set(halves[0]) & set(halves[1]) and set(halves[0]) | set(halves[1]) == set(points)
+    assert [p.name for p in runner.choose(points, ["fedavg-paper_like-seed0"])] == ["fedavg-paper_like-seed0"]
+    assert len(runner.choose(points, ["fedavg-*"])) == 4
+    with pytest.raises(ValueError, match="Part 3/2 is none"):
+        runner.choose(points, part=(3, 2))
+
+
+# --- running ----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_holds_the_numbers_of_the_run_and_where_they_come_from(cache: Path, tmp_path: Path) -> None:
+    standing, said = go(POINTS, tmp_path, cache)
+    assert set(standing.done) == set(POINTS) and not standing.missing and not standing.stale
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{p.name}.json" for p in POINTS)
+    assert said[0] == "3 points: 0 done, 0 stale, 3 to run" and said[-1].startswith("[3/3] pooled-heterogeneous-seed0")
+    assert "left)" in said[1] and "Dice 0." in said[1]
+    full = experiments.run_row("dual_kd", "paper_like", 1, TINY, cache)
+    record = standing.done[POINTS[1]]
+    assert (record.row, record.setting, record.seed, record.label) == ("dual_kd", "paper_like", 1, "")
+    a, b = record.test_frame(), full.test_frame()
+    assert len(a) == len(b) == 2 * 2 * 3 * 2 and list(a["case"]) == list(b["case"])
+    for column in ("dice", "hd95_mm", "truth_ml"):
+        assert np.allclose(a[column], b[column], rtol=6e-4, atol=1e-9, equal_nan=True)
+    assert np.allclose(record.history_frame()["validation"], full.history_frame()["validation"], rtol=6e-4)
+    assert sum(line["bytes"] for line in record.messages) == full.bytes_down + full.bytes_up
+    assert sum(line["messages"] for line in record.messages) == len(full.messages)
+    sent = statistics.course_of(record)["mb"].iloc[-1]
+    assert sent == pytest.approx((full.bytes_down + full.bytes_up) / 1e6) == statistics.course_of(full)["mb"].iloc[-1]
+    text = (tmp_path / f"{POINTS[1].name}.json").read_text()
+    assert len(text) < 20_000 and str(cache) not in text and len(text.splitlines()) < 40
+    facts = json.loads(text)
+    assert facts["machine"].keys() == {"cores", "processor", "system", "device", "threads", "workers"}
+    assert facts["command"] == "python -m fedkd_utils run --profile tiny --only dual_kd-paper_like-seed1"
+    assert facts["teacher"]["seconds"] > 0 and facts["steps"] == 8 and facts["versions"]["torch"] and facts["date"]
+    assert not list((cache / "runs").glob("*pooled*"))  # nothing is left behind
+
+
+def test_what_is_done_is_not_done_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(POINTS[:1], tmp_path, cache)
+    before = (tmp_path / f"{POINTS[0].name}.json").read_bytes()
+    monkeypatch.setattr(experiments, "run_federation", lambda *a, **m: pytest.fail("trained again"))
+    _, said = go(POINTS[:1], tmp_path, cache)
+    assert said == ["1 points: 1 done, 0 stale, 0 to run"]
+    assert (tmp_path / f"{POINTS[0].name}.json").read_bytes() == before
+
+
+def test_a_stopped_grid_goes_on_inside_the_point_with_the_same_numbers(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Point("uamt", "paper_like", 2)
+    whole, _ = go([point], tmp_path / "whole", cache)
+    original, rounds = federation.client_update, []
+
+    def killed(state: Any, site: Any, method: Any, settings: Any, number: int, *args: Any, **more: Any) -> Any:
+        rounds.append(number)
+        if number == 2 and rounds.count(2) == 1:
+            raise KeyboardInterrupt
+        return original(state, site, method, settings, number, *args, **more)
+
+    monkeypatch.setattr(federation, "client_update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go([point], tmp_path / "cut", cache, workers=1)
+    assert not (tmp_path / "cut").exists()
+    resumed, _ = go([point], tmp_path / "cut", cache, workers=1)
+    assert rounds.count(1) == 2  # the first round was not trained again
+    a, b = whole.done[point], resumed.done[point]
+    assert a.test_frame().equals(b.test_frame())
+    columns = [name for name in a.history_frame() if name not in ("seconds", "data_seconds")]
+    assert a.history_frame()[columns].equals(b.history_frame()[columns])
+
+
+def test_stale_results_are_reported_with_their_reasons_and_made_again_on_demand(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = POINTS[0]
+    go([point], tmp_path, cache)
+    other = replace(TINY, learning_rate=0.02)
+    standing, said = go([point], tmp_path, cache, profile=other)
+    assert standing.stale == {point: ["learning_rate was 0.01 and is 0.02"]} and "made again with --again" in said[0]
+    standing, _ = go([point], tmp_path, cache, profile=other, again=True)
+    assert standing.done and standing.done[point].result.settings["learning_rate"] == 0.02
+    bigger = runner.standing([point], replace(other, client_test=3), tmp_path)
+    assert "the volumes are made otherwise" in bigger.stale[point]
+    monkeypatch.setattr(records, "code_hash", lambda modules: f"other {modules[0]}")
+    assert runner.standing([point], other, tmp_path).stale[point] == [
+        "the code that trains has changed",
+        "the volumes are made otherwise",
+    ]
+    monkeypatch.undo()
+    monkeypatch.setitem(ROWS, "fedavg", replace(ROWS["fedavg"], starts_at_teacher=True))
+    assert runner.standing([point], other, tmp_path).stale[point] == ["the row is defined otherwise"]
+    monkeypatch.setitem(ROWS, "fedavg", replace(ROWS["fedavg"], starts_at_teacher=False, title="Another title"))
+    assert runner.standing([point], other, tmp_path).done
+
+
+def test_a_point_that_diverges_does_not_stop_the_others(cache: Path, tmp_path: Path) -> None:
+    wild = Point("fedavg", "paper_like", 0, (("learning_rate", 1e30),))
+    standing, said = go([wild, POINTS[0]], tmp_path, cache)
+    assert standing.missing == [wild] and list(standing.done) == [POINTS[0]]
+    assert said[1].startswith(f"[1/2] {wild.name} has no result: ") and "learning rate" in said[1]
+
+
+def test_a_damaged_file_is_made_again(cache: Path, tmp_path: Path) -> None:
+    go(POINTS[:1], tmp_path, cache)
+    path = tmp_path / f"{POINTS[0].name}.json"
+    for content in (b"{", b"{}", b"[1]"):
+        path.write_bytes(content)
+        assert "Delete it and run its grid again" in runner.standing(POINTS[:1], TINY, tmp_path).damaged[POINTS[0]]
+        assert go(POINTS[:1], tmp_path, cache)[0].done
+
+
+def test_ablations_of_volumes_share_one_cohort_and_its_test_volumes(cache: Path, tmp_path: Path) -> None:
+    disk = (("client_labelled", 2),)
+    points = [Point("fedavg", "paper_like", 0, (("client_labelled", n),), disk) for n in (1, 2)]
+    points.append(Point("dual_kd", "paper_like", 0, (), (), TeacherUpdate("hand_over", 1, 0.5)))
+    standing, _ = go(points, tmp_path, cache)
+    assert points[2].name == "dual_kd-paper_like-hand_over_0.5_after_1-seed0"
+    one, two = (standing.done[p] for p in points[:2])
+    assert set(one.test_frame()["case"]) == set(two.test_frame()["case"])
+    assert statistics.difference([one], [two]).subjects == 4
+    assert records.by_row(standing.done).keys() == {
+        "fedavg client_labelled_1",
+        "fedavg client_labelled_2",
+        "dual_kd hand_over_0.5_after_1",
+    }
+    assert records.read_all(tmp_path, points).keys() == set(points)
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------
+
+
+def test_rates_are_chosen_on_validation_and_used(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "evaluate_cases", lambda *a: pytest.fail("looked at test volumes"))
+    said: list[str] = []
+    rates = runner.tune(["fedavg", "pooled", "teacher_only"], TINY, tmp_path, cache, say=said.append)
+    assert set(rates) == {"fedavg", "pooled"} and said[0] == "12 trials: 0 done, 12 to run"
+    facts = json.loads((tmp_path / "learning_rates.json").read_text())
+    trials = facts["rows"]["fedavg"]["trials"]
+    assert {(t["setting"], t["learning_rate"]) for t in trials} == {
+        (setting, rate) for setting in grids.BOTH for rate in runner.LEARNING_RATES
+    }
+    means = {
+        rate: np.mean([t["validation"] for t in trials if t["learning_rate"] == rate]) for rate in runner.LEARNING_RATES
+    }
+    assert rates["fedavg"] == max(means, key=lambda rate: means[rate])
+    assert facts["seed"] not in grids.SEEDS and facts["rounds"] == 1
+    again: list[str] = []
+    assert runner.tune(["fedavg"], TINY, tmp_path, cache, say=again.append)["fedavg"] == rates["fedavg"]
+    assert again == ["6 trials: 6 done, 0 to run"]
+    points = runner.with_rates([Point("fedavg", "paper_like"), Point("dual_kd", "paper_like")], tmp_path)
+    assert points[0].settings(TINY).learning_rate == rates["fedavg"] and points[0].name == "fedavg-paper_like-seed0"
+    assert points[1].settings(TINY).learning_rate == TINY.learning_rate
+    own = replace(points[0], changes=(("learning_rate", 0.5),))
+    assert own.settings(TINY).learning_rate == 0.5
+    (tmp_path / "learning_rates.json").write_text("{")
+    with pytest.raises(ValueError, match="learning_rates.json: damaged"):
+        runner.chosen_rates(tmp_path)
+
+
+def test_a_stopped_search_keeps_its_trials(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([0.5, 0.6, float("nan"), KeyboardInterrupt, 0.7, 0.1, 0.9])
+
+    def validated(*args: Any, **more: Any) -> float:
+        value = next(values)
+        if value is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return float(value)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(experiments, "validated", validated)
+    with pytest.raises(KeyboardInterrupt):
+        runner.tune(["fedavg"], TINY, tmp_path, cache, say=lambda text: None)
+    said: list[str] = []
+    rates = runner.tune(["fedavg"], TINY, tmp_path, cache, say=said.append)
+    assert said[0] == "6 trials: 3 done, 3 to run"
+    assert rates["fedavg"] == 3e-3  # means 0.6 and 0.35; the third diverged once, whatever it did later
+    text = (tmp_path / "learning_rates.json").read_text()
+    assert '"validation": null' in text
+
+
+def test_a_row_that_diverges_has_no_validation(cache: Path) -> None:
+    wild = replace(TINY, learning_rate=1e30, weight_decay=0.0)
+    assert np.isnan(experiments.validated("fedavg", "paper_like", 0, wild, cache))
+    calm = experiments.validated("local_only", "paper_like", 0, TINY, cache)
+    history = experiments.run_row("local_only", "paper_like", 0, TINY, cache).history_frame()
+    assert calm == pytest.approx(history.groupby("client")["validation"].max().mean())
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_lists_runs_tunes_and_reports(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PROFILES, "tiny", TINY)
+    monkeypatch.setattr(__main__, "PROJECT", tmp_path)
+    monkeypatch.setenv("FEDKD_CACHE", str(cache))
+
+    def call(*words: str) -> str:
+        assert __main__.main([*words]) == 0
+        return capsys.readouterr().out
+
+    seeds = ("--seed", "0", "1")
+    rows = ("--profile", "tiny", "--grid", "rows", "--setting", "paper_like", *seeds)
+    listed = call("run", *rows, "--only", "*avg-*", "--list").split()
+    assert listed == ["fedavg-paper_like-seed0", "fedavg-paper_like-seed1"]
+    assert "2 points: 0 done, 0 stale, 2 to run" in call("run", *rows, "--only", "fedavg-*")
+    call("run", *rows, "--only", "dual_kd-*")
+    assert "fedavg" in call("tune", "--profile", "tiny", "--row", "fedavg")
+    text = call("results", "--profile", "tiny", *seeds)
+    assert "rows: " in text and "dual_kd minus it +0.000 [+0.000, +0.000]" in text
+    assert __main__.main(["run", "--profile", "tiny", "--part", "2"]) == 1
+    assert "--part takes two numbers" in capsys.readouterr().err
+    assert __main__.main(["run", "--grid", "none"]) == 1 and "There is no grid" in capsys.readouterr().err
