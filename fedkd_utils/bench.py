@@ -1,4 +1,4 @@
-"""How fast the viewer answers, measured in JupyterLab in a headless browser: ``python -m fedkd_utils bench``."""
+"""How fast the viewer answers, measured in JupyterLab in a headless browser: ``python -m fedkd_utils bench viewer``."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def jupyter_lab(folder: Path) -> Iterator[str]:
                     server.wait()
 
 
-def _wait(address: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 60) -> None:
+def _wait(address: str, server: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
         try:
@@ -108,7 +108,7 @@ def page_of(width: int = 1400, height: int = 1000) -> Iterator[tuple[Any, list[s
         browser = playwright.chromium.launch(executable_path=path, args=options)
         try:
             page = browser.new_page(viewport={"width": width, "height": height})
-            page.set_default_timeout(30_000)
+            page.set_default_timeout(60_000)
             page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
             page.on("pageerror", lambda error: errors.append(str(error)))
             yield page, errors
@@ -127,7 +127,7 @@ def open_notebook(page: Any, address: str, name: str) -> None:
     """Open a notebook in JupyterLab and wait for its kernel."""
     page.goto(address.format(name))
     # The indicator says idle before there is a kernel; the status bar does not.
-    page.wait_for_function("() => /ipykernel\\) \\| Idle/.test(document.body.innerText)", timeout=60_000)
+    page.wait_for_function("() => /ipykernel\\) \\| Idle/.test(document.body.innerText)", timeout=120_000)
 
 
 def open_and_run(page: Any, address: str, name: str, cells: int | None = None) -> None:
@@ -141,5 +141,5 @@ def open_and_run(page: Any, address: str, name: str, cells: int | None = None) -
         """(count) => [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
             .slice(0, count ?? undefined).every((prompt) => /\\[\\d+\\]/.test(prompt.innerText))""",
         arg=cells,
-        timeout=120_000,
+        timeout=240_000,
     )

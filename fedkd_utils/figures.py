@@ -212,7 +212,12 @@ def side_by_side(volumes: Mapping[str, tuple[Volume, Volume]], spacing_mm: Mappi
 
 
 def compare_segmentations(
-    image: Volume, truth: Volume, predictions: Mapping[str, Volume], spacing_mm: Sequence[float], slices: int = 4
+    image: Volume,
+    truth: Volume,
+    predictions: Mapping[str, Volume],
+    spacing_mm: Sequence[float],
+    slices: int = 4,
+    title: str = "",
 ) -> Drawn:
     """Truth in the first row, below it each prediction with its errors, cut to where anything was drawn.
 
@@ -235,9 +240,11 @@ def compare_segmentations(
     for axis, index in zip(axes[0], chosen, strict=True):
         axis.set_title(f"slice {index}", fontsize=8)
     _class_legend(figure, errors=True)
+    figure.suptitle(title)
     return figure, (
-        f"{len(chosen)} sagittal slices around the cartilage: the truth outlined in the first row, then "
-        f"{', '.join(predictions)}, with a + on each voxel drawn but not true and an o on each true but not drawn."
+        f"{title}{': ' * bool(title)}{len(chosen)} sagittal slices around the cartilage: the truth outlined in the "
+        f"first row, then {', '.join(predictions)}, with a + on each voxel drawn but not true and an o on each true but "
+        "not drawn."
     )
 
 
@@ -286,7 +293,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
         axis.plot(x, y, color=colour, linestyle=line, marker=marker if len(x) <= 30 else None, label=name)
         rises.append(f"{name} {'rises' if y[-1] > y[0] else 'falls' if y[-1] < y[0] else 'ends where it began'}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=min(len(series), 3), frameon=False, fontsize=9)
     return figure, f"{title}: {ylabel} over {xlabel}, {len(series)} line{'s' * (len(series) > 1)}; {', '.join(rises)}."
 
 
@@ -317,10 +324,11 @@ def dots_by_row(frame: pd.DataFrame) -> Drawn:
 
 
 def bars(values: Mapping[str, float], ylabel: str, title: str) -> Drawn:
-    """One bar per name."""
+    """One bar per name; a row of the comparison in its own colour."""
     figure, axes = _new(1, 1, 6.0, 0.5 * len(values) + 1.2)
     names = list(values)
-    axes[0, 0].barh(names[::-1], [values[n] for n in names[::-1]], color="#0077BB")
+    colours = [_BY_TITLE[n][0] if n in _BY_TITLE else "#0077BB" for n in names]
+    axes[0, 0].barh(names[::-1], [values[n] for n in names[::-1]], color=colours[::-1])
     axes[0, 0].set(xlabel=ylabel, title=title)
     order = sorted(names, key=lambda n: -values[n])
     return figure, f"{title}: {ylabel} as {len(values)} bars; the longest is {order[0]}."

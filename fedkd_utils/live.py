@@ -40,21 +40,25 @@ def training_curve(total: int, label: str) -> Iterator[Progress]:
         import ipywidgets
         from IPython.display import display
 
-        picture = ipywidgets.Image(format="png", layout={"align_self": "flex-start", "width": "520px"})
+        layout = {"align_self": "flex-start", "width": "520px", "display": "none"}
+        picture = ipywidgets.Image(format="png", layout=layout)
         box = ipywidgets.VBox([picture])
         view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
         plain = f"{label}: the loss is drawn here while it runs"
         display({"text/plain": plain, "application/vnd.jupyter.widget-view+json": view}, raw=True)
         curve = Curve(total, label)
 
+        def show(drawn: bytes) -> None:
+            picture.value, picture.layout.display = drawn, "block"
+
         def both(steps: int, note: str) -> None:
             advance(steps, note)
             if (drawn := curve.add(steps, note)) is not None:
-                picture.value = drawn
+                show(drawn)
 
         yield both
         if curve.losses:
-            picture.value = curve.png()
+            show(curve.png())
 
 
 class Curve:

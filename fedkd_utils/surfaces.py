@@ -94,7 +94,8 @@ def show_surfaces(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a label map that is none, one map that is empty, no truth to measure from, bones on another grid.
+        ValueError: a label map that is none, one map that is empty, no truth to measure from or one on another grid,
+            bones on another grid.
     """
     if colour not in ("class", *SCALES):
         raise ValueError(f"colour is {colour!r}: choose class, distance or thickness.")
@@ -110,6 +111,8 @@ def show_surfaces(
     if colour == "distance" and (truth is None or len(panels) < 2):
         raise ValueError('distances are measured from the truth: give labels={"truth": ..., "a method": ...}.')
     for panel in panels:
+        if colour == "distance" and not _alike(shapes[panel.name], shapes["truth"]):
+            raise ValueError(f"{panel.name} has another shape or spacing than the truth: distances need one grid.")
         if colour != "class":
             panel.measure(colour, truth)
     skeleton = _bones(bones, *next(iter(shapes.values()))) if bones is not None else None
@@ -129,6 +132,11 @@ def _label(given: Label, spacing_mm: Sequence[float] | None, name: str) -> tuple
         return held.marks(given, name), held.spacing_mm
     held = opened(given, spacing_mm=spacing_mm)
     return held.marks(held.image, name), held.spacing_mm
+
+
+def _alike(one: tuple[Any, Sequence[float]], other: tuple[Any, Sequence[float]]) -> bool:
+    """Whether shape and spacing are the same."""
+    return bool(one[0] == other[0] and np.allclose(one[1], other[1], rtol=1e-3))
 
 
 def _bones(bones: ArrayLike, shape: tuple[int, ...], spacing_mm: Sequence[float]) -> Mesh:

@@ -174,8 +174,7 @@ def show_comparison(
         raise ValueError('give at least one prediction, by name of its method ("truth" is taken).')
     drawn = {name: held.marks(marks, name) for name, marks in predictions.items()}
     view = Viewer(held, {"truth": held.label, **drawn}, title, compare=True)
-    figure, alt = figures.compare_segmentations(held.image, held.label, drawn, held.spacing_mm)
-    show_both(view, figure, f"{title}: {alt}")
+    show_both(view, *figures.compare_segmentations(held.image, held.label, drawn, held.spacing_mm, title=title))
     return view
 
 

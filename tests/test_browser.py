@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 
 import nbformat
 import nibabel as nib
@@ -89,6 +90,14 @@ class Lab:
 
     def screen(self, locator):
         return png(locator.screenshot())
+
+    def until(self, locator, holds, seconds=60):
+        """The picture of an element, as soon as it is as it should be."""
+        end = time.monotonic() + seconds
+        while not holds(picture := self.screen(locator)) and time.monotonic() < end:
+            self.page.wait_for_timeout(100)
+        assert holds(picture)
+        return picture
 
     def press(self, control, key, times=1, viewer=0):
         for _ in range(times):
@@ -317,29 +326,26 @@ def test_a_drag_turns_all_surfaces_and_the_legend_hides_a_class(lab):
     plot = lab.page.locator(".js-plotly-plot").first
     plot.scroll_into_view_if_needed()
     lab.page.wait_for_selector(".js-plotly-plot canvas")
-    lab.page.wait_for_timeout(1000)
-    before = lab.screen(plot)
-    assert coloured(before, 0) > 1000
-    third = before.shape[1] // 3
+    before = lab.until(plot, lambda seen: all(coloured(part, 0) > 300 for part in np.array_split(seen, 3, axis=1)))
     box = plot.bounding_box()
     lab.page.mouse.move(box["x"] + 150, box["y"] + 230)
     lab.page.mouse.down()
     lab.page.mouse.move(box["x"] + 260, box["y"] + 260, steps=4)
     lab.page.mouse.up()
     lab.page.mouse.move(box["x"] + 5, box["y"] + box["height"] - 5)
-    lab.page.wait_for_timeout(2000)
-    after = lab.screen(plot)
-    for part in (slice(0, third), slice(third, 2 * third)):
-        assert (np.abs(after[:, part] - before[:, part]).max(axis=-1) > 40).sum() > 500
+
+    def turned(seen):
+        changed = np.abs(seen - before).max(axis=-1) > 40
+        return all(part.sum() > 500 for part in np.array_split(changed, 3, axis=1))
+
+    after = lab.until(plot, turned)
     plot.locator(".legendtoggle").first.click()
-    lab.page.wait_for_timeout(1500)
-    assert coloured(lab.screen(plot), 0) < 0.2 * coloured(after, 0)
+    lab.until(plot, lambda seen: coloured(seen, 0) < 0.2 * coloured(after, 0))
 
 
 # ------------------------------------------------------------------------------------------------- what stays behind
 def test_the_saved_notebook_is_small_and_shows_pictures_without_a_kernel(lab):
-    lab.page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
-    lab.page.wait_for_timeout(1000)
+    lab.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")
     saved = nbformat.read(lab.folder / "see.ipynb", as_version=4)
     outputs = [o for cell in saved.cells for o in cell.outputs if rules.WIDGET_VIEW in o.get("data", {})]
     assert len(outputs) == 3 + len(ORIENTATIONS) and "widgets" not in saved.metadata

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
@@ -256,6 +256,15 @@ def test_bars_name_the_longest_and_keep_the_order():
     bars = sorted(axis.patches, key=lambda bar: -bar.get_y())
     assert [bar.get_width() for bar in bars] == [0.9, 0.1, 0.95]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["PD", "T1", "DESS"]
+
+
+def test_a_row_has_one_colour_in_bars_curves_and_dots():
+    title, colour = figures.ROW_STYLE["dual_kd"][:2]
+    (bar,) = figures.bars({title: 0.5}, "Dice", "One")[0].axes[0].patches
+    (line,) = figures.curves({title: [(0, 0.0), (1, 1.0)]}, "round", "Dice", "One")[0].axes[0].lines
+    frame = pd.DataFrame([{"row": "dual_kd", "class": "femoral", "dice": 0.5}])
+    dot = figures.dots_by_row(frame)[0].axes[0].lines[0]
+    assert bar.get_facecolor() == to_rgba(colour) and line.get_color() == dot.get_color() == colour
 
 
 def test_volumes_stand_beside_the_literature():

@@ -197,6 +197,7 @@ def test_a_thickness_map(shown):
         (0 * label(), {}, "no cartilage in the label"),
         ({"a": label(), "b": label()}, {"colour": "distance"}, "measured from the truth"),
         ({"truth": label()}, {"colour": "distance"}, "measured from the truth"),
+        ({"truth": label(), "a": label()[1:]}, {"colour": "distance"}, "a has another shape or spacing"),
         (label(), {"colour": "red"}, "choose class, distance or thickness"),
         (label() + 3, {}, "label holds"),
         (label()[0], {}, "2 axes"),
