@@ -243,8 +243,8 @@ def compare_segmentations(
     figure.suptitle(title)
     return figure, (
         f"{title}{': ' * bool(title)}{len(chosen)} sagittal slices around the cartilage: the truth outlined in the "
-        f"first row, then {', '.join(predictions)}, with a + on each voxel drawn but not true and an o on each true but "
-        "not drawn."
+        f"first row, then {', '.join(predictions)}, with a + on each voxel drawn but not true and an o on each true "
+        "but not drawn."
     )
 
 

@@ -182,7 +182,7 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
         rows=1,
         cols=len(panels),
         specs=[[{"type": "scene"}] * len(panels)],
-        subplot_titles=[f"{p.name}<br><sub>{p.caption(colour)}</sub>" for p in panels],
+        subplot_titles=[f"{p.name}<br><sub>{p.caption(colour) or '&nbsp;'}</sub>" for p in panels],
         horizontal_spacing=0.01,
     )
     listed: set[str] = set()
@@ -191,13 +191,14 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
         if bones is not None:
             parts.append(("bones", bones, BONE_COLOUR, BONE_OPACITY))
         for name, mesh, plain, opacity in parts:
-            trace = _trace(mesh, panel.values.get(name), colour, plain, opacity)
+            trace = _trace(mesh, panel.values.get(name), plain, opacity)
             trace.update(name=name, legendgroup=name, showlegend=name not in listed)
             listed.add(name)
             grid.add_trace(trace, row=1, col=column)
     view = rendering.camera(*next(iter(VIEWS.values())))
-    centre, size = _framed(panels, view)
-    reach = 1.05 * float(size.max())
+    centre, _ = _framed(panels, view)
+    everything = np.concatenate([mesh.vertices for panel in panels for mesh in panel.meshes.values()])
+    reach = float(np.linalg.norm(everything - centre, axis=1).max())  # inside the picture from every side
     axes = {
         axis: {"visible": False, "range": [float(c - reach), float(c + reach)]}
         for axis, c in zip(("xaxis", "yaxis", "zaxis"), centre, strict=True)
@@ -209,8 +210,10 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
     }
     grid.update_scenes(aspectmode="manual", aspectratio={"x": 1.8, "y": 1.8, "z": 1.8}, camera=camera, **axes)
     wide = min(400 * len(panels), 1050) + (120 if colour != "class" else 0)
+    if colour != "class":
+        grid.update_layout(coloraxis=_colour_axis(colour))
     grid.update_layout(
-        title=title,
+        title={"text": title, "x": 0.5, "y": 0.99, "yanchor": "top"},
         width=max(wide, 520),
         height=460,
         margin={"l": 0, "r": 0, "t": 80, "b": 10},
@@ -222,16 +225,21 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
     return live
 
 
-def _trace(mesh: Mesh, values: NDArray[np.float64] | None, colour: Colour, plain: str, opacity: float) -> go.Mesh3d:
+def _colour_axis(colour: Colour) -> dict[str, Any]:
+    """What a colour says, in plotly's words; one for all surfaces."""
+    scale, low, high, words = SCALES[colour]
+    colours = colormaps[scale](np.linspace(0, 1, 21))
+    steps = [[n / 20, "rgb({},{},{})".format(*(int(255 * c) for c in row[:3]))] for n, row in enumerate(colours)]
+    bar = {"title": {"text": words, "side": "right"}, "thickness": 12, "len": 0.8}
+    return {"cmin": low, "cmax": high, "colorscale": steps, "colorbar": bar}
+
+
+def _trace(mesh: Mesh, values: NDArray[np.float64] | None, plain: str, opacity: float) -> go.Mesh3d:
     x, y, z = mesh.vertices.astype(np.float32).T
     i, j, k = mesh.faces.T
     look: dict[str, Any] = {"color": plain}
     if values is not None:
-        scale, low, high, words = SCALES[colour]
-        colours = colormaps[scale](np.linspace(0, 1, 21))
-        steps = [[n / 20, "rgb({},{},{})".format(*(int(255 * c) for c in row[:3]))] for n, row in enumerate(colours)]
-        look = {"intensity": values.astype(np.float32), "cmin": low, "cmax": high, "colorscale": steps}
-        look["colorbar"] = {"title": {"text": words, "side": "right"}, "thickness": 12, "len": 0.8}
+        look = {"intensity": values.astype(np.float32), "coloraxis": "coloraxis"}
     return go.Mesh3d(
         x=x,
         y=y,

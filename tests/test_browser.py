@@ -28,6 +28,9 @@ CELLS = [
     "drawn = {'grown': np.maximum(held.label, np.roll(held.label, 3, 2)), 'shrunk': held.label * (held.label != 2)}\n"
     'both = viewer.show_comparison(held.image, drawn, held.label, held.spacing_mm, title="Two")',
     "live = surfaces.show_surfaces({'truth': held.label, **drawn}, held.spacing_mm, title='Three')",
+    "from fedkd_utils import live as training\n"
+    "with training.training_curve(3, 'Four') as advance:\n"
+    "    for k in range(3):\n        advance(1, f'step, loss {1 / (k + 1)}')",
     "print(view.position, view.shown, view.outline)",
     "view.position = [1, 2, 3]\nview.plane = 'coronal'",
 ]
@@ -61,7 +64,7 @@ def lab(tmp_path_factory):
     write(folder)
     browser.write_notebook(folder / "see.ipynb", CELLS)
     with browser.jupyter_lab(folder) as address, browser.page_of() as (page, errors):
-        browser.open_and_run(page, address, "see.ipynb", cells=5)
+        browser.open_and_run(page, address, "see.ipynb", cells=6)
         page.wait_for_function("() => document.querySelectorAll('.fedkd-viewer canvas').length === 3 + 12 + 4")
         yield Lab(page, errors, folder, address)
 
@@ -288,8 +291,8 @@ def test_python_and_the_page_share_the_settings(lab):
     lab.toggle("outline")
     lab.toggle("class-tibial")
     place = lab.place()
-    assert f"{place} ['femoral', 'patellar'] True" in lab.run(5)
-    lab.run(6)
+    assert f"{place} ['femoral', 'patellar'] True" in lab.run(6)
+    lab.run(7)
     lab.page.wait_for_function("() => document.querySelector('.fedkd-viewer select.plane').value === 'coronal'")
     assert lab.place() == [1, 2, 3]
 
@@ -343,18 +346,28 @@ def test_a_drag_turns_all_surfaces_and_the_legend_hides_a_class(lab):
     lab.until(plot, lambda seen: coloured(seen, 0) < 0.2 * coloured(after, 0))
 
 
+# --------------------------------------------------------------------------------------------------- training curves
+def test_a_training_curve_is_drawn(lab):
+    lab.page.wait_for_function(
+        "() => [...document.querySelectorAll('.jp-OutputArea-output img')].some((i) => i.naturalWidth > 400)"
+    )
+
+
 # ------------------------------------------------------------------------------------------------- what stays behind
 def test_the_saved_notebook_is_small_and_shows_pictures_without_a_kernel(lab):
     lab.page.evaluate("async () => { await window.jupyterapp.commands.execute('docmanager:save'); }")
     saved = nbformat.read(lab.folder / "see.ipynb", as_version=4)
     outputs = [o for cell in saved.cells for o in cell.outputs if rules.WIDGET_VIEW in o.get("data", {})]
-    assert len(outputs) == 3 + len(ORIENTATIONS) and "widgets" not in saved.metadata
-    assert all("image/png" in o.data and rules.alt_text(o) == o.data["text/plain"] for o in outputs)
+    pictures = [o for o in outputs if "image/png" in o.data]
+    assert len(pictures) == 3 + len(ORIENTATIONS) and "widgets" not in saved.metadata
+    assert all(rules.alt_text(o) == o.data["text/plain"] for o in pictures)
+    said = {o.data["text/plain"] for o in outputs if o not in pictures}
+    assert said == {"Four: finished", "Four: the loss is drawn here while it runs"}
     assert (lab.folder / "see.ipynb").stat().st_size < rules.MAX_BYTES
     with browser.jupyter_lab(lab.folder) as another_person:  # who has not run it, and has not trusted it
         browser.open_notebook(lab.page, another_person, "see.ipynb")
         lab.page.wait_for_function(
-            "(n) => document.querySelectorAll('.jp-OutputArea-output img').length === n", arg=len(outputs)
+            "(n) => document.querySelectorAll('.jp-OutputArea-output img').length === n", arg=len(pictures)
         )
         assert lab.page.locator(".fedkd-viewer, .js-plotly-plot").count() == 0
         lab.page.goto("about:blank")  # a server waits for the pages it serves

@@ -188,7 +188,7 @@ def test_a_thickness_map(shown):
     live = surfaces.show_surfaces(label(), SPACING, "thickness")
     for trace, expected in zip(live.data, (4, 3, 3), strict=True):
         assert np.percentile(trace.intensity, 80) == pytest.approx(expected, abs=0.5)
-    assert "thickness" in live.data[0].colorbar.title.text
+    assert "thickness" in live.layout.coloraxis.colorbar.title.text
 
 
 @pytest.mark.parametrize(
