@@ -208,14 +208,14 @@ def _live(panels: Sequence[_Panel], bones: Mesh | None, colour: Colour, title: s
         "up": {"x": 0, "y": 0, "z": 1},
         "projection": {"type": "orthographic"},
     }
-    grid.update_scenes(aspectmode="manual", aspectratio={"x": 1.8, "y": 1.8, "z": 1.8}, camera=camera, **axes)
-    wide = min(400 * len(panels), 1050) + (120 if colour != "class" else 0)
+    grid.update_scenes(aspectmode="manual", aspectratio={"x": 2.1, "y": 2.1, "z": 2.1}, camera=camera, **axes)
+    side = min(400, 1050 // len(panels))  # pixels of a scene
     if colour != "class":
         grid.update_layout(coloraxis=_colour_axis(colour))
     grid.update_layout(
-        title={"text": title, "x": 0.5, "y": 0.99, "yanchor": "top"},
-        width=max(wide, 520),
-        height=460,
+        title={"text": title, "x": 0.02, "y": 0.98, "yanchor": "top"},
+        width=max(side * len(panels) + (120 if colour != "class" else 0), 520),
+        height=side + 110,
         margin={"l": 0, "r": 0, "t": 80, "b": 10},
         legend={"orientation": "h"},
     )
