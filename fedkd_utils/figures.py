@@ -293,7 +293,8 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
         axis.plot(x, y, color=colour, linestyle=line, marker=marker if len(x) <= 30 else None, label=name)
         rises.append(f"{name} {'rises' if y[-1] > y[0] else 'falls' if y[-1] < y[0] else 'ends where it began'}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    figure.legend(loc="outside lower center", ncols=min(len(series), 3), frameon=False, fontsize=9)
+    columns = 2 if len(series) == 4 else min(len(series), 3)
+    figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure, f"{title}: {ylabel} over {xlabel}, {len(series)} line{'s' * (len(series) > 1)}; {', '.join(rises)}."
 
 
@@ -382,7 +383,7 @@ def bars_of_bytes(ledger: pd.DataFrame) -> Drawn:
             sums.index, height, bottom=base, color=_OTHERS[i % 4][0], hatch=hatches[i % 4], label=kind, alpha=0.85
         )
         base += height
-    axes[0, 0].set(xlabel="round", ylabel="MB of all clients", title="What travels")
+    axes[0, 0].set(xlabel="round", ylabel="MB of all clients", title="What travels", ylim=(0, 1.05 * base.max()))
     figure.legend(loc="outside lower center", ncols=len(sums.columns), frameon=False)
     totals = "; ".join(f"{kind} {total / 1e6:.1f} MB" for kind, total in sums.sum().items())
     return (
