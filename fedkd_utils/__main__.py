@@ -30,6 +30,12 @@ def _notebooks(arguments: argparse.Namespace) -> None:
     publish.stamp_all(PROJECT / "notebooks", arguments.name)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import bench
+
+    bench.report()
+
+
 def _cohort(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts
 
@@ -166,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     command("course", _course, "execute the course in order, write it as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
+    sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
+    sub.add_argument("what", choices=["viewer"])
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))
