@@ -49,11 +49,11 @@ def _cohort(arguments: argparse.Namespace) -> None:
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, teacher, training
+    from fedkd_utils import cohorts, live, teacher
 
     settings = PROFILES[arguments.profile]
     site = cohorts.make_repository(settings, arguments.scanner)
-    with training.progress_bar(settings.teacher_steps, "teacher") as advance:
+    with live.progress_bar(settings.teacher_steps, "teacher") as advance:
         taught = teacher.teacher_on(site, settings, arguments.seed, progress=advance)
     print(f"{taught.path}\nvalidation Dice {taught.best_dice:.3f} at step {taught.best_step}")
     print(f"training took {taught.seconds:.0f} s, {taught.data_share:.0%} of it waiting for data")
@@ -117,7 +117,7 @@ def _results(arguments: argparse.Namespace) -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, networks, segment, teacher, training
+    from fedkd_utils import cohorts, live, networks, segment, teacher
 
     settings = PROFILES[arguments.profile]
     segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
@@ -130,7 +130,7 @@ def _segment(arguments: argparse.Namespace) -> None:
         if arguments.contrast == "any":  # every contrast at once takes longer to learn
             scanner, settings = "random", replace(settings, teacher_steps=ANY_CONTRAST * settings.teacher_steps)
         site = cohorts.make_repository(settings, scanner)
-        with training.progress_bar(settings.teacher_steps, "teacher") as advance:
+        with live.progress_bar(settings.teacher_steps, "teacher") as advance:
             network = teacher.teacher_on(site, settings, progress=advance).network
     result = segment.segment_volume(arguments.volume, network, settings, arguments.out)
     print(result.report())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import transforms
-from fedkd_utils.methods import Batch, Method
+from fedkd_utils.methods import Method
 from fedkd_utils.networks import (
     State,
     TappedNetwork,
@@ -21,6 +21,7 @@ from fedkd_utils.networks import (
     load_state,
     normalisation_names,
 )
+from fedkd_utils.objectives import Batch
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import (

@@ -7,11 +7,11 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,8 @@ import pandas as pd
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
-from fedkd_utils.methods import ROWS, Method
+from fedkd_utils.live import progress_bar
+from fedkd_utils.methods import ROWS, Method, row_named
 from fedkd_utils.networks import (
     CheckpointError,
     State,
@@ -34,8 +35,10 @@ from fedkd_utils.networks import (
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
 from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
-from fedkd_utils.training import Progress, TrainingError, evaluate_cases, progress_bar
+from fedkd_utils.training import Progress, TrainingError, evaluate_cases
 from fedkd_utils.transforms import SiteData
+
+T = TypeVar("T")
 
 _CODE = (*FEDERATION_CODE, "experiments")
 
@@ -190,9 +193,7 @@ def _ready(
     on_disk: Settings | None,
     show_progress: bool,
 ) -> _Ready:
-    if row not in ROWS:
-        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
-    method = ROWS[row]
+    method = row_named(row)
     settings = method.adapt(settings)
     cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, root=root), settings, seed)
     if method.pooled:  # all steps of all clients, one after the other
@@ -300,11 +301,20 @@ def read_result(path: Path) -> Result:
         FileNotFoundError: there is no such file.
         ValueError: not a result; names the file and the remedy.
     """
+    return read_facts(path, lambda facts: Result(**facts), "run the row")
+
+
+def read_facts(path: Path, build: Callable[[dict[str, Any]], T], again: str) -> T:
+    """What ``build`` makes of a JSON file; ``again`` says what a reader does when the file is no good.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not what it should be; names the file and the remedy.
+    """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**facts)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run the row again.") from error
+        return build(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and {again} again.") from error
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A training curve that grows while a long cell runs, and leaves one sentence that never changes."""
+"""Progress: a bar and a training curve that grow while a long cell runs, and leave one sentence that never changes."""
 
 from __future__ import annotations
 
@@ -13,52 +13,71 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from fedkd_utils import figures, training
+from fedkd_utils import figures
 from fedkd_utils.training import Progress
 
 #: How ``training.fit`` tells its loss in the note of a step.
 _LOSS = re.compile(r"\bloss (-?\d+(?:\.\d+)?)")
 #: Drawing takes at most this share of the time.
-SHARE = 0.05
+SHARE = 0.02
 
 
 @contextmanager
-def training_curve(total: int, label: str) -> Iterator[Progress]:
-    """A progress bar with the loss drawn below it, for a person in JupyterLab; elsewhere only the bar.
+def progress_bar(total: int, label: str) -> Iterator[Progress]:
+    """What a person sees while something long goes on, and nobody else: nothing in a pipe, a test or a log.
 
-    Use it as :func:`training.progress_bar`. The stored output is two sentences without digits of the training.
+    In Jupyter a bar, and below it the loss as a curve once a training tells one; the stored output is one sentence
+    that never changes, and nothing goes to stderr. On a terminal tqdm's line.
 
-    >>> with training_curve(600, "Teacher") as advance:
-    ...     taught = teacher_for(QUICK, "paper_like", progress=advance)
+    >>> with progress_bar(10, "Teacher") as advance:
+    ...     advance(1, "loss 1.20")
     """
-    with training.progress_bar(total, label) as advance:
-        ipython = sys.modules.get("IPython")
-        shell = ipython.get_ipython() if ipython is not None else None
-        if shell is None or not hasattr(shell, "kernel"):
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    if shell is not None and hasattr(shell, "kernel"):
+        with _bar_and_curve(total, label) as advance:
             yield advance
-            return
-        import ipywidgets
-        from IPython.display import display
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
 
-        layout = {"align_self": "flex-start", "width": "520px", "display": "none"}
-        picture = ipywidgets.Image(format="png", layout=layout)
-        box = ipywidgets.VBox([picture])
-        view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-        plain = f"{label}: the loss is drawn here while it runs"
-        display({"text/plain": plain, "application/vnd.jupyter.widget-view+json": view}, raw=True)
-        curve = Curve(total, label)
+        with tqdm(total=total, desc=label, dynamic_ncols=True, mininterval=0.2) as line:
 
-        def show(drawn: bytes) -> None:
+            def tell(steps: int, note: str) -> None:
+                line.set_postfix_str(note, refresh=False)
+                line.update(steps)
+
+            yield tell
+    else:
+        yield lambda steps, note: None
+
+
+@contextmanager
+def _bar_and_curve(total: int, label: str) -> Iterator[Progress]:
+    import ipywidgets
+    from IPython.display import display
+
+    bar, text = ipywidgets.IntProgress(max=max(total, 1)), ipywidgets.Label(label)
+    layout = {"align_self": "flex-start", "width": "520px", "display": "none"}
+    picture = ipywidgets.Image(format="png", layout=layout)
+    box = ipywidgets.VBox([ipywidgets.HBox([bar, text]), picture])
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    display({"text/plain": f"{label}: finished", "application/vnd.jupyter.widget-view+json": view}, raw=True)
+    curve, start, shown = Curve(total, label), time.perf_counter(), 0.0
+
+    def show(drawn: bytes | None) -> None:
+        if drawn is not None:
             picture.value, picture.layout.display = drawn, "block"
 
-        def both(steps: int, note: str) -> None:
-            advance(steps, note)
-            if (drawn := curve.add(steps, note)) is not None:
-                show(drawn)
+    def advance(steps: int, note: str) -> None:
+        nonlocal shown
+        show(curve.add(steps, note))
+        if time.perf_counter() - shown > 0.2 or curve.done >= total:
+            shown = time.perf_counter()
+            bar.value, text.value = curve.done, f"{label} {curve.done}/{total}, {shown - start:.0f} s  {note}"
 
-        yield both
-        if curve.losses:
-            show(curve.png())
+    yield advance
+    if curve.losses:
+        show(curve.png())
 
 
 class Curve:

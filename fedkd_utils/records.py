@@ -18,7 +18,7 @@ import torch
 
 from fedkd_utils import cohorts
 from fedkd_utils.checkpoints import FEDERATION_CODE
-from fedkd_utils.experiments import Result
+from fedkd_utils.experiments import Result, read_facts
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import write_atomically
@@ -151,18 +151,18 @@ def read_record(path: Path) -> Record:
         FileNotFoundError: there is no such file.
         ValueError: not a record; names the file and the remedy.
     """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        for table in _TABLES:
-            packed = facts[table]
-            facts[table] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
-        for line in facts["test"]:
-            line["cartilage"] = CLASS_NAMES[line["class"]]
-        names = {field.name for field in dataclasses.fields(Result)}
-        result = Result(**{name: facts.pop(name) for name in list(facts) if name in names})
-        return Record(result=result, **facts)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run its grid again.") from error
+    return read_facts(path, _unpacked, "run its grid")
+
+
+def _unpacked(facts: dict[str, Any]) -> Record:
+    for table in _TABLES:
+        packed = facts[table]
+        facts[table] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
+    for line in facts["test"]:
+        line["cartilage"] = CLASS_NAMES[line["class"]]
+    names = {field.name for field in dataclasses.fields(Result)}
+    result = Result(**{name: facts.pop(name) for name in list(facts) if name in names})
+    return Record(result=result, **facts)
 
 
 def stale(record: Record, point: Point, profile: Settings) -> list[str]:

@@ -159,11 +159,7 @@ def made_bones(item: Item) -> NDArray[np.bool_]:
         scanner, scan_seed = SCANNERS[made["scanner"]["name"]], int(made["scan_seed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{item.image}: not a made knee, so its bones are not known. Leave the bones out.") from error
-    # The pose is the first thing that acquisition.scan_knee draws, behind the sequence when that is random.
-    rng = np.random.default_rng([0x5343414E, item.subject, scan_seed])
-    if scanner.sequence is None:
-        acquisition.random_sequence(rng)
-    pose = anatomy.Pose(tuple(rng.normal(0, 4, 3)), tuple(rng.normal(0, [2.5, 4, 5])))
+    _, _, pose = acquisition.begin_scan(item.subject, scanner, scan_seed)
     tissue = anatomy.tissue_map(anatomy.draw_knee(item.subject), scanner.shape, scanner.spacing_mm, pose)
     return np.isin(tissue, (anatomy.CORTICAL, anatomy.MARROW))
 

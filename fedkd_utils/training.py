@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,50 +36,6 @@ B = TypeVar("B")
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says where, why and what to do."""
-
-
-@contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Progress]:
-    """A bar for a person: a widget in Jupyter, tqdm on a terminal, nothing in a pipe, a test or a log.
-
-    In a notebook the stored output is one sentence that never changes, and nothing goes to stderr.
-
-    >>> with progress_bar(10, "Teacher") as advance:
-    ...     advance(1, "loss 1.20")
-    """
-    start, done, shown = time.perf_counter(), 0, 0.0
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and hasattr(shell, "kernel"):
-        import ipywidgets
-        from IPython.display import display
-
-        bar, text = ipywidgets.IntProgress(max=max(total, 1)), ipywidgets.Label(label)
-        box = ipywidgets.HBox([bar, text])
-        view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-        plain = f"{label}: finished"
-        display({"text/plain": plain, "application/vnd.jupyter.widget-view+json": view}, raw=True)
-
-        def advance(steps: int, note: str) -> None:
-            nonlocal done, shown
-            done += steps
-            if time.perf_counter() - shown > 0.2 or done >= total:
-                shown = time.perf_counter()
-                bar.value, text.value = done, f"{label} {done}/{total}, {shown - start:.0f} s  {note}"
-
-        yield advance
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=label, dynamic_ncols=True, mininterval=0.2) as line:
-
-            def advance(steps: int, note: str) -> None:
-                line.set_postfix_str(note, refresh=False)
-                line.update(steps)
-
-            yield advance
-    else:
-        yield lambda steps, note: None
 
 
 def adamw(parameters: Iterator[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:

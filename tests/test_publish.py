@@ -179,7 +179,7 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
         "label = np.zeros((10, 20, 20), int)\nlabel[2:8, 3:17, 5:9] = 1\n"
         "two = viewer.show_comparison(1.0 * label, {'moved': np.roll(label, 1, 2)}, label, (2, 1, 1), 'Two')",
         "solid = surfaces.show_surfaces({'truth': label, 'moved': np.roll(label, 1, 2)}, (2, 1, 1), 'distance')",
-        "with live.training_curve(2, 'Teacher') as advance:\n    for k in 1, 2:\n        advance(1, f'x, loss {k}')",
+        "with live.progress_bar(2, 'Teacher') as advance:\n    for k in 1, 2:\n        advance(1, f'x, loss {k}')",
     )
     nb = publish.execute_notebook(path)
     assert [p for p in publish.problems(nb) if not p.startswith(("the first", "the last"))] == []
@@ -189,7 +189,7 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
     page = publish.build_site([path], tmp_path / "site").with_name("00_a.html").read_text()
     assert 'alt="Dice by round: Dice over round, 1 line; a rises."' in page
     assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 4
-    assert "the loss is drawn here" in page
+    assert "Teacher: finished" in page
     nb.cells[4].source = nb.cells[4].source.replace("(1, 1.0)", "(1, -1.0)")
     nbformat.write(nb, path)
     passed, report = nbval(path)
