@@ -212,7 +212,8 @@ def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
     image, ras = transforms.to_ras(stored, affine)
     classes, _ = transforms.to_ras(transforms.read_label(label, volume, stored.shape, affine), affine)
     figure, _ = figures.montage(image, transforms.voxel_sizes_mm(ras), classes, 12, Path(volume).name)
-    figure.set_size_inches(2 * figure.get_size_inches())  # a scanner has more pixels than a made knee
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(2 * width, 2 * height)  # a scanner has more pixels than a made knee
     write_atomically(Path(out), figures.png(figure))
 
 
