@@ -107,6 +107,14 @@ def _tune(arguments: argparse.Namespace) -> None:
     print("\n".join(f"{row:20s} {rate:g}" for row, rate in rates.items()))
 
 
+def _seconds(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+    from fedkd_utils.methods import ROWS
+
+    settings = PROFILES[arguments.profile]
+    print(runner.measure_seconds(list(ROWS), settings, runner.results_folder(PROJECT, settings)))
+
+
 def _results(arguments: argparse.Namespace) -> None:
     from fedkd_utils import grids, runner
 
@@ -201,6 +209,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
     sub.add_argument("--again", action="store_true", help="make stale results again")
     sub.add_argument("--list", action="store_true", help="only name the points")
+    sub = command(
+        "seconds", _seconds, "measure what a round of each row costs a client; leave the machine alone meanwhile"
+    )
+    profile(sub)
     sub = command("results", _results, "say what is done, stale and missing, and print the differences")
     profile(sub)
     sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -18,6 +18,7 @@ import pandas as pd
 
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
+from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.live import progress_bar
 from fedkd_utils.methods import ROWS, Method, row_named
@@ -123,7 +124,8 @@ def run_row(
     data = list(sites) if sites is not None else load_clients(cohort, settings)
     trained = _trained_on(ready, data)
     total = total_progress(settings, row, trained, teacher_update) + len(data)
-    with progress_bar(total, label) if show_progress else nullcontext(_silent) as advance:
+    bar = progress_bar(total, label) if show_progress else nullcontext(_silent)
+    with repeatable(), bar as advance:
         outcome = run_federation(
             settings,
             row,
@@ -203,7 +205,9 @@ def _ready(
 
 
 def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
-    return [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+    """Where a row trains, with its volumes on the device that computes."""
+    trained = [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+    return [site.to(compute_device()) for site in trained]
 
 
 def validated(
@@ -223,11 +227,20 @@ def validated(
     ready = _ready(row, setting, seed, settings, root, None, False)
     data = list(sites) if sites is not None else load_clients(ready.cohort, ready.settings)
     try:
-        outcome = run_federation(ready.settings, row, _trained_on(ready, data), ready.network, seed, workers=workers)
+        with repeatable():
+            trained = _trained_on(ready, data)
+            outcome = run_federation(ready.settings, row, trained, ready.network, seed, workers=workers)
     except (TrainingError, CheckpointError):
         return float("nan")
     history = outcome.history.set_index(["client", "round"])["validation"]
     return float(np.mean([history[client, chosen] for client, chosen in outcome.best_round.items()]))
+
+
+def timed(row: str, setting: str, settings: Settings, root: Path | None = None) -> pd.DataFrame:
+    """The history of a run of a row on the first two clients of a cohort, one after the other; for its seconds."""
+    ready = _ready(row, setting, 0, settings, root, None, False)
+    trained = _trained_on(ready, load_clients(ready.cohort, ready.settings))[:2]
+    return run_federation(ready.settings, row, trained, ready.network, 0, workers=1).history
 
 
 def _silent(steps: int, note: str) -> None:
@@ -280,7 +293,7 @@ def _inputs(
 def _test(
     outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
 ) -> list[dict[str, Any]]:
-    network = (build_network if outcome.method.objective is None else build_student)(settings, 0)
+    network = (build_network if outcome.method.objective is None else build_student)(settings, 0).to(compute_device())
     rows: list[dict[str, Any]] = []
     for site in sites:
         load_state(network, outcome.models[site.name])

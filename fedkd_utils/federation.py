@@ -302,7 +302,7 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
 
 def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping[str, float], number: int) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
-    network = build_student(plan.settings, 0)
+    network = build_student(plan.settings, 0).to(plan.sites[0].labelled_images.device)
     own: list[float] = []
     for site, update in zip(plan.sites, updates, strict=True):
         load_state(network, plan.model(run, site))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import cohorts, losses, metrics, transforms
+from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.networks import (
     ChannelDropout,
     CheckpointError,
@@ -88,24 +89,28 @@ def freeze(network: TappedNetwork) -> TappedNetwork:
 def pretrain_teacher(
     repository: SiteData, settings: Settings, seed: int, progress: Progress | None = None
 ) -> tuple[TappedNetwork, TrainingLog]:
-    """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen."""
-    network = build_network(settings, seed_of(seed, "teacher"))
-    log = train_supervised(
-        network,
-        repository.labelled_images,
-        repository.labels,
-        steps=settings.teacher_steps,
-        batch=settings.batch_labelled,
-        learning_rate=settings.teacher_learning_rate,
-        weight_decay=settings.weight_decay,
-        seed=seed_of(seed, "teacher training"),
-        labelled_classes=repository.labelled_classes,
-        validation=repository.validation,
-        validate_every=max(settings.teacher_steps // 10, 1),
-        label="teacher",
-        progress=progress,
-    )
-    return freeze(network), log
+    """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen.
+
+    On :func:`device.compute_device`; the network comes back to the CPU.
+    """
+    network = build_network(settings, seed_of(seed, "teacher")).to(compute_device())
+    with repeatable():
+        log = train_supervised(
+            network,
+            repository.labelled_images.to(compute_device()),
+            repository.labels.to(compute_device()),
+            steps=settings.teacher_steps,
+            batch=settings.batch_labelled,
+            learning_rate=settings.teacher_learning_rate,
+            weight_decay=settings.weight_decay,
+            seed=seed_of(seed, "teacher training"),
+            labelled_classes=repository.labelled_classes,
+            validation=repository.validation,
+            validate_every=max(settings.teacher_steps // 10, 1),
+            label="teacher",
+            progress=progress,
+        )
+    return freeze(network.cpu()), log
 
 
 def teacher_for(
@@ -226,7 +231,7 @@ def teacher_signals(
     evaluation mode, so batch statistics do not drift. The teacher is not touched (a copy works).
 
     Args:
-        images: (U, 1, D, H, W) z-scored.
+        images: (U, 1, D, H, W) z-scored; the copy works, and the signals lie, on their device.
         passes: M.
         seeds: one per volume; a volume's signals depend on nothing else.
         progress: gets one step per volume.
@@ -236,7 +241,7 @@ def teacher_signals(
             f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: at least one volume, a seed for each "
             "and no negative number of passes are needed."
         )
-    network = copy.deepcopy(teacher)
+    network = copy.deepcopy(teacher).to(images.device)
     q, uncertainty, features = [], [], []
     with evaluating(network):
         for image, seed in zip(images, seeds, strict=True):
@@ -269,7 +274,7 @@ def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: S
         classes: those that the client labels.
     """
     found = predict_probabilities(teacher, images).argmax(dim=1).numpy() if len(images) else np.empty(0)
-    pairs = zip(found, labels.numpy(), strict=True)
+    pairs = zip(found, labels.cpu().numpy(), strict=True)
     scores = [[metrics.dice(predicted == c, truth == c) for c in classes] for predicted, truth in pairs]
     dice = mean_dice(np.array(scores).reshape(-1, len(classes)))
     return 0.0 if np.isnan(dice) else dice

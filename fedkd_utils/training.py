@@ -189,6 +189,8 @@ def train_supervised(
 ) -> TrainingLog:
     """Train a network in place with L_sup, and keep the weights that validate best.
 
+    Network, images and labels lie on one device.
+
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
@@ -252,12 +254,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def predict_probabilities(network: nn.Module, images: Tensor) -> Tensor:
     """p = softmax(z): (B, 1, D, H, W) -> (B, C, D, H, W), or (1, D, H, W) -> (C, D, H, W).
 
-    One volume at a time, so the digits do not depend on what else is in the batch.
+    One volume at a time, so the digits do not depend on what else is in the batch. The volumes may lie anywhere; they
+    go to the network's device, and the probabilities come back to the CPU.
     """
     single = images.ndim == 4
+    device = next(network.parameters()).device
     with evaluating(network):
         batch = images[None] if single else images
-        p = torch.cat([network(volume[None]).softmax(dim=1) for volume in batch])
+        p = torch.cat([network(volume[None].to(device)).softmax(dim=1).cpu() for volume in batch])
     return p[0].clone() if single else p.clone()
 
 
