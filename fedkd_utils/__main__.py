@@ -30,6 +30,12 @@ def _notebooks(arguments: argparse.Namespace) -> None:
     publish.stamp_all(PROJECT / "notebooks", arguments.name)
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import bench
+
+    bench.report()
+
+
 def _cohort(arguments: argparse.Namespace) -> None:
     from fedkd_utils import cohorts
 
@@ -43,11 +49,11 @@ def _cohort(arguments: argparse.Namespace) -> None:
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, teacher, training
+    from fedkd_utils import cohorts, live, teacher
 
     settings = PROFILES[arguments.profile]
     site = cohorts.make_repository(settings, arguments.scanner)
-    with training.progress_bar(settings.teacher_steps, "teacher") as advance:
+    with live.progress_bar(settings.teacher_steps, "teacher") as advance:
         taught = teacher.teacher_on(site, settings, arguments.seed, progress=advance)
     print(f"{taught.path}\nvalidation Dice {taught.best_dice:.3f} at step {taught.best_step}")
     print(f"training took {taught.seconds:.0f} s, {taught.data_share:.0%} of it waiting for data")
@@ -101,6 +107,14 @@ def _tune(arguments: argparse.Namespace) -> None:
     print("\n".join(f"{row:20s} {rate:g}" for row, rate in rates.items()))
 
 
+def _seconds(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import runner
+    from fedkd_utils.methods import ROWS
+
+    settings = PROFILES[arguments.profile]
+    print(runner.measure_seconds(list(ROWS), settings, runner.results_folder(PROJECT, settings)))
+
+
 def _results(arguments: argparse.Namespace) -> None:
     from fedkd_utils import grids, runner
 
@@ -111,7 +125,7 @@ def _results(arguments: argparse.Namespace) -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, networks, segment, teacher, training
+    from fedkd_utils import cohorts, live, networks, segment, teacher
 
     settings = PROFILES[arguments.profile]
     segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
@@ -124,7 +138,7 @@ def _segment(arguments: argparse.Namespace) -> None:
         if arguments.contrast == "any":  # every contrast at once takes longer to learn
             scanner, settings = "random", replace(settings, teacher_steps=ANY_CONTRAST * settings.teacher_steps)
         site = cohorts.make_repository(settings, scanner)
-        with training.progress_bar(settings.teacher_steps, "teacher") as advance:
+        with live.progress_bar(settings.teacher_steps, "teacher") as advance:
             network = teacher.teacher_on(site, settings, progress=advance).network
     result = segment.segment_volume(arguments.volume, network, settings, arguments.out)
     print(result.report())
@@ -166,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     command("course", _course, "execute the course in order, write it as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
+    sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
+    sub.add_argument("what", choices=["viewer"])
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))
@@ -193,6 +209,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
     sub.add_argument("--again", action="store_true", help="make stale results again")
     sub.add_argument("--list", action="store_true", help="only name the points")
+    sub = command(
+        "seconds", _seconds, "measure what a round of each row costs a client; leave the machine alone meanwhile"
+    )
+    profile(sub)
     sub = command("results", _results, "say what is done, stale and missing, and print the differences")
     profile(sub)
     sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])

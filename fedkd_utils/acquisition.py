@@ -233,19 +233,14 @@ SCANNERS: dict[str, Scanner] = {
             0.3,
             0.85,
         ),
-        Scanner(
-            "recontrasted",
-            "3D DESS with a new contrast for every scan, from image and label alone",
-            DESS,
-            (40, 96, 96),
-            (2.0, 1.0, 1.0),
-            0.03,
-            0.2,
-            0.95,
-            recontrasted=True,
-        ),
     )
 }
+SCANNERS["recontrasted"] = replace(
+    SCANNERS["repository_dess"],
+    name="recontrasted",
+    title="3D DESS with a new contrast for every scan, from image and label alone",
+    recontrasted=True,
+)
 
 
 @dataclass(frozen=True)
@@ -313,17 +308,22 @@ def _truncate_k_space(image: torch.Tensor, share: float) -> torch.Tensor:
     return torch.fft.ifft2(k).real
 
 
+def begin_scan(subject_seed: int, scanner: Scanner, scan_seed: int) -> tuple[np.random.Generator, Sequence, Pose]:
+    """What is settled before a knee is scanned: the generator of all that follows, the sequence and the pose."""
+    rng = np.random.default_rng([0x5343414E, subject_seed, scan_seed])
+    sequence = scanner.sequence or random_sequence(rng)
+    return rng, sequence, Pose(tuple(rng.normal(0, 4, 3)), tuple(rng.normal(0, [2.5, 4, 5])))
+
+
 def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
     """Scan a knee. The subject decides anatomy and tissue properties, the scan seed pose, coil and noise.
 
     Returns:
         image, label and affine in the scanner's array orientation; equal for equal arguments, bit for bit.
     """
-    rng = np.random.default_rng([0x5343414E, knee.subject_seed, scan_seed])
+    rng, sequence, pose = begin_scan(knee.subject_seed, scanner, scan_seed)
     subject = np.random.default_rng([0x54495353, knee.subject_seed])
-    sequence = scanner.sequence or random_sequence(rng)
     randomised = scanner.sequence is None
-    pose = Pose(tuple(rng.normal(0, 4, 3)), tuple(rng.normal(0, [2.5, 4, 5])))
 
     # Sub-voxels: about 1 mm across slices, 0.6 mm in the plane, so that thick slices blur what they cut obliquely.
     sub = [max(round(s / t), 1) for s, t in zip(scanner.spacing_mm, (1.0, 0.55, 0.55), strict=True)]

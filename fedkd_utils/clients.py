@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import transforms
-from fedkd_utils.methods import Batch, Method
+from fedkd_utils.methods import Method
 from fedkd_utils.networks import (
     State,
     TappedNetwork,
@@ -21,6 +21,7 @@ from fedkd_utils.networks import (
     load_state,
     normalisation_names,
 )
+from fedkd_utils.objectives import Batch
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import (
@@ -154,12 +155,14 @@ def client_update(
 ) -> Update:
     """Train a client for one round: a function of its arguments, whoever calls it (simulation, process, Flower).
 
+    It computes on the device on which the site's volumes lie.
+
     The optimiser is fresh each round; the schedule and the ramps count the whole run. Labelled batches, their
     augmentation and the dropout of the labelled pass depend on seed, client and round only, so every row sees the
     same.
 
     Args:
-        global_state: the student as received; it is not changed.
+        global_state: the student as received, on the CPU; it is not changed.
         round_number: from 1.
         seed: of the run.
         teacher: needed by rows that distil, when ``signals`` are not given or the teacher follows the student.
@@ -177,6 +180,7 @@ def client_update(
     if method.objective is None:
         raise FederationError(f"{method.title!r} has no local training.")
     settings, objective, kept = method.adapt(settings), method.objective, kept or {}
+    device = site.labelled_images.device
     moving = method.distils and teacher_update.kind == "release"
     if method.distils and teacher is None and (signals is None or moving):
         raise FederationError(f"{method.title!r} needs the teacher: send it to client {site.name} first.")
@@ -184,6 +188,7 @@ def client_update(
     local = local_names(method, network)
     own = {name: tensor for name, tensor in copy_state(network).items() if name in local} | own_tensors(kept)
     load_state(network, {**global_state, **own}, f"The student sent to client {site.name}")
+    network.to(device)
     received = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     per_round = steps_per_round(settings)
     total, before = settings.rounds * per_round, (round_number - 1) * per_round
@@ -209,6 +214,7 @@ def client_update(
         average = freeze(build_student(settings, 0))
         state = {name.removeprefix("average/"): t for name, t in kept.items() if name.startswith("average/")}
         load_state(average, state or global_state, f"The mean teacher of client {site.name}")
+        average.to(device)
 
     def batch(step: int) -> Batch:
         images, labels = labelled(step - before)
@@ -250,7 +256,7 @@ def client_update(
         )
         rate = release_rate((round_number - 1) * settings.local_epochs + epoch, settings.local_epochs)
         if teacher_state is not None and rate > 0:
-            teacher_state = blend(teacher_state, network.state_dict(), rate)
+            teacher_state = blend(teacher_state, copy_state(network), rate)
             moved = build_network(settings, 0).eval()
             load_state(moved, teacher_state)
             signals = signals_for(moved, site, settings, seed, classes=teacher_classes)

@@ -7,19 +7,21 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
+from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
-from fedkd_utils.methods import ROWS, Method
+from fedkd_utils.live import progress_bar
+from fedkd_utils.methods import ROWS, Method, row_named
 from fedkd_utils.networks import (
     CheckpointError,
     State,
@@ -34,8 +36,10 @@ from fedkd_utils.networks import (
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
 from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
-from fedkd_utils.training import Progress, TrainingError, evaluate_cases, progress_bar
+from fedkd_utils.training import Progress, TrainingError, evaluate_cases
 from fedkd_utils.transforms import SiteData
+
+T = TypeVar("T")
 
 _CODE = (*FEDERATION_CODE, "experiments")
 
@@ -120,7 +124,8 @@ def run_row(
     data = list(sites) if sites is not None else load_clients(cohort, settings)
     trained = _trained_on(ready, data)
     total = total_progress(settings, row, trained, teacher_update) + len(data)
-    with progress_bar(total, label) if show_progress else nullcontext(_silent) as advance:
+    bar = progress_bar(total, label) if show_progress else nullcontext(_silent)
+    with repeatable(), bar as advance:
         outcome = run_federation(
             settings,
             row,
@@ -191,9 +196,7 @@ def _ready(
     on_disk: Settings | None,
     show_progress: bool,
 ) -> _Ready:
-    if row not in ROWS:
-        raise ValueError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
-    method = ROWS[row]
+    method = row_named(row)
     settings = method.adapt(settings)
     cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, root=root), settings, seed)
     if method.pooled:  # all steps of all clients, one after the other
@@ -203,7 +206,9 @@ def _ready(
 
 
 def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
-    return [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+    """Where a row trains, with its volumes on the device that computes."""
+    trained = [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
+    return [site.to(compute_device()) for site in trained]
 
 
 def validated(
@@ -223,11 +228,20 @@ def validated(
     ready = _ready(row, setting, seed, settings, root, None, False)
     data = list(sites) if sites is not None else load_clients(ready.cohort, ready.settings)
     try:
-        outcome = run_federation(ready.settings, row, _trained_on(ready, data), ready.network, seed, workers=workers)
+        with repeatable():
+            trained = _trained_on(ready, data)
+            outcome = run_federation(ready.settings, row, trained, ready.network, seed, workers=workers)
     except (TrainingError, CheckpointError):
         return float("nan")
     history = outcome.history.set_index(["client", "round"])["validation"]
     return float(np.mean([history[client, chosen] for client, chosen in outcome.best_round.items()]))
+
+
+def timed(row: str, setting: str, settings: Settings, root: Path | None = None) -> pd.DataFrame:
+    """The history of a run of a row on the first two clients of a cohort, one after the other; for its seconds."""
+    ready = _ready(row, setting, 0, settings, root, None, False)
+    trained = _trained_on(ready, load_clients(ready.cohort, ready.settings))[:2]
+    return run_federation(ready.settings, row, trained, ready.network, 0, workers=1).history
 
 
 def _silent(steps: int, note: str) -> None:
@@ -280,7 +294,7 @@ def _inputs(
 def _test(
     outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
 ) -> list[dict[str, Any]]:
-    network = (build_network if outcome.method.objective is None else build_student)(settings, 0)
+    network = (build_network if outcome.method.objective is None else build_student)(settings, 0).to(compute_device())
     rows: list[dict[str, Any]] = []
     for site in sites:
         load_state(network, outcome.models[site.name])
@@ -301,11 +315,20 @@ def read_result(path: Path) -> Result:
         FileNotFoundError: there is no such file.
         ValueError: not a result; names the file and the remedy.
     """
+    return read_facts(path, lambda facts: Result(**facts), "run the row")
+
+
+def read_facts(path: Path, build: Callable[[dict[str, Any]], T], again: str) -> T:
+    """What ``build`` makes of a JSON file; ``again`` says what a reader does when the file is no good.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not what it should be; names the file and the remedy.
+    """
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Result(**facts)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run the row again.") from error
+        return build(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and {again} again.") from error
 
 
 def _without_nan(value: Any) -> Any:

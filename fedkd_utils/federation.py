@@ -22,7 +22,7 @@ from fedkd_utils.clients import (
     signals_for,
     steps_per_round,
 )
-from fedkd_utils.methods import ROWS, Method
+from fedkd_utils.methods import Method, row_named
 from fedkd_utils.networks import (
     State,
     TappedNetwork,
@@ -35,7 +35,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.parallel import side_by_side
 from fedkd_utils.seeds import seed_of
-from fedkd_utils.server import Ledger, aggregate, group_step, server_step, weighted_mean
+from fedkd_utils.server import Ledger, group_step, server_step, weighted_mean
 from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import FROZEN, TeacherSignals, TeacherUpdate, blend
 from fedkd_utils.training import (
@@ -49,20 +49,6 @@ from fedkd_utils.training import (
     mean_dice,
 )
 from fedkd_utils.transforms import Case, SiteData
-
-__all__ = [
-    "FederationError",
-    "FederationResult",
-    "Ledger",
-    "Update",
-    "aggregate",
-    "client_update",
-    "run_federation",
-    "server_step",
-    "signals_for",
-    "steps_per_round",
-    "total_progress",
-]
 
 
 @dataclass(frozen=True)
@@ -87,7 +73,7 @@ def total_progress(
     settings: Settings, row: str, sites: Sequence[SiteData], teacher_update: TeacherUpdate = FROZEN
 ) -> int:
     """The steps that ``progress`` of :func:`run_federation` gets in all."""
-    method = ROWS[row]
+    method = row_named(row)
     if method.objective is None:
         return 1
     looks = sum(len(site.unlabelled_images) for site in sites) if method.distils else 0
@@ -126,7 +112,8 @@ def run_federation(
         progress: gets :func:`total_progress` steps, those of finished rounds at once, in the calling thread.
 
     Raises:
-        FederationError: an unknown row, no client, two of one name, a client that lacks volumes, no teacher, or a
+        ValueError: an unknown row.
+        FederationError: no client, two of one name, a client that lacks volumes, no teacher, or a
             checkpoint of another run in ``folder``.
         TrainingError: the loss of a client is no longer finite.
     """
@@ -259,9 +246,7 @@ def _check_run(
     teacher: TappedNetwork | None,
     teacher_update: TeacherUpdate,
 ) -> Method:
-    if row not in ROWS:
-        raise FederationError(f"There is no row {row!r}: choose one of {', '.join(ROWS)}.")
-    method = ROWS[row]
+    method = row_named(row)
     names = [site.name for site in sites]
     if not names or len(set(names)) < len(names):
         raise FederationError(f"A federation needs clients with names of their own, not {names}.")
@@ -327,7 +312,7 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
 
 def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping[str, float], number: int) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
-    network = build_student(plan.settings, 0)
+    network = build_student(plan.settings, 0).to(plan.sites[0].labelled_images.device)
     own: list[float] = []
     for site, update in zip(plan.sites, updates, strict=True):
         load_state(network, plan.model(run, site))

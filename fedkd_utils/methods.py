@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedkd_utils.objectives import (
-    Batch,
     Objective,
     dual_distillation,
     proximal,
@@ -22,8 +21,6 @@ from fedkd_utils.objectives import (
     weak_to_strong,
 )
 from fedkd_utils.settings import Settings
-
-__all__ = ["COURSE_ROWS", "ROWS", "Batch", "Method", "Objective", "dual_distillation", "supervised"]
 
 
 @dataclass(frozen=True)
@@ -322,3 +319,14 @@ ROWS: dict[str, Method] = {
         ),
     )
 }
+
+
+def row_named(name: str) -> Method:
+    """A row of the comparison.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in ROWS:
+        raise ValueError(f"There is no row {name!r}: choose one of {', '.join(ROWS)}.")
+    return ROWS[name]

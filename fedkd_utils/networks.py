@@ -60,7 +60,7 @@ class ChannelDropout(nn.Module):
         """(B, C, ...) -> (B, C, ...): channels zeroed with probability p, the others divided by 1 - p."""
         if not self.training or self.p == 0:
             return x
-        kept = torch.rand(x.shape[:2], generator=self.generator) >= self.p
+        kept = torch.rand(x.shape[:2], generator=self.generator) >= self.p  # on the CPU, wherever x is
         return x * (kept.to(x) / (1 - self.p)).view(*x.shape[:2], *([1] * (x.ndim - 2)))
 
     def extra_repr(self) -> str:
@@ -322,8 +322,8 @@ def _parameters(module: nn.Module) -> int:
 
 
 def copy_state(network: nn.Module) -> State:
-    """Every parameter and buffer, detached and copied: training on does not change it."""
-    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    """Every parameter and buffer, detached and copied to the CPU: training on does not change it."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in network.state_dict().items()}
 
 
 def load_state(network: nn.Module, state: Mapping[str, Tensor], source: str = "this state") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -17,13 +16,13 @@ import pandas as pd
 import torch
 
 from fedkd_utils import cohorts
-from fedkd_utils.checkpoints import FEDERATION_CODE
-from fedkd_utils.experiments import Result
+from fedkd_utils.device import compute_device, device_title
+from fedkd_utils.experiments import Result, read_facts
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import write_atomically
 from fedkd_utils.parallel import default_workers
-from fedkd_utils.provenance import code_hash
+from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import CLASS_NAMES, Settings
 
 #: Significant digits that a file keeps: a Dice to a ten-thousandth, a hundredth of what a seed moves.
@@ -38,7 +37,7 @@ class Record:
 
     result: Result
     label: str  # of the point: what differs from the profile
-    made_with: dict[str, Any]  # the row's identity, hashes of code and data
+    made_with: dict[str, Any]  # the row's identity, the edition of the digits, the sizes of the cohort
     machine: dict[str, Any]  # cores, processor, device, threads, workers: a class of machines, never a name
     date: str  # UTC, YYYY-MM-DD
     command: str
@@ -74,12 +73,11 @@ class Record:
 
 
 def made_with(point: Point, profile: Settings) -> dict[str, Any]:
-    """The row's definition, and hashes of the code that trains and of the code and sizes that make the volumes."""
-    data = json.dumps([cohorts.sizes(point.disk(profile)), code_hash(cohorts.DATA_CODE)], sort_keys=True)
+    """The row's definition, the edition of the digits, and the sizes of the cohort."""
     return {
         "method": ROWS[point.row].identity(),
-        "code": code_hash(FEDERATION_CODE),
-        "data": hashlib.sha256(data.encode()).hexdigest(),
+        "numbers": NUMBERS,
+        "sizes": cohorts.sizes(point.disk(profile)),
         "teacher_update": dataclasses.asdict(point.teacher_update),
     }
 
@@ -93,24 +91,28 @@ def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
     return facts
 
 
+def machine(workers: int | None) -> dict[str, Any]:
+    """The class of machine that computes, never its name."""
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "system": platform.system(),
+        "device": device_title(compute_device()),
+        "threads": torch.get_num_threads(),
+        "workers": workers or default_workers(),
+    }
+
+
 def record(
     result: Result, point: Point, profile: Settings, command: str, elapsed: float, workers: int | None
 ) -> Record:
     """A result with its provenance, as it will be written."""
-    machine = {
-        "cores": os.cpu_count(),
-        "processor": platform.machine(),
-        "system": platform.system(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-        "workers": workers or default_workers(),
-    }
     messages = pd.DataFrame(result.messages, columns=["round", "direction", "client", "what", "bytes"])
     grouped = messages.groupby(["round", "direction", "what"], sort=False)["bytes"]
     sums = grouped.agg(["size", "sum"]).reset_index().rename(columns={"size": "messages", "sum": "bytes"})
     compact = dataclasses.replace(result, messages=json.loads(sums.to_json(orient="records")))
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    return Record(compact, point.label, made_with(point, profile), machine, date, command, elapsed)
+    return Record(compact, point.label, made_with(point, profile), machine(workers), date, command, elapsed)
 
 
 def write_record(folder: Path, record: Record, name: str) -> Path:
@@ -151,18 +153,18 @@ def read_record(path: Path) -> Record:
         FileNotFoundError: there is no such file.
         ValueError: not a record; names the file and the remedy.
     """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        for table in _TABLES:
-            packed = facts[table]
-            facts[table] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
-        for line in facts["test"]:
-            line["cartilage"] = CLASS_NAMES[line["class"]]
-        names = {field.name for field in dataclasses.fields(Result)}
-        result = Result(**{name: facts.pop(name) for name in list(facts) if name in names})
-        return Record(result=result, **facts)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: damaged or not a result ({error}). Delete it and run its grid again.") from error
+    return read_facts(path, _unpacked, "run its grid")
+
+
+def _unpacked(facts: dict[str, Any]) -> Record:
+    for table in _TABLES:
+        packed = facts[table]
+        facts[table] = [dict(zip(packed["columns"], row, strict=True)) for row in packed["rows"]]
+    for line in facts["test"]:
+        line["cartilage"] = CLASS_NAMES[line["class"]]
+    names = {field.name for field in dataclasses.fields(Result)}
+    result = Result(**{name: facts.pop(name) for name in list(facts) if name in names})
+    return Record(result=result, **facts)
 
 
 def stale(record: Record, point: Point, profile: Settings) -> list[str]:
@@ -175,8 +177,8 @@ def stale(record: Record, point: Point, profile: Settings) -> list[str]:
     now = made_with(point, profile)
     words = {
         "method": "the row is defined otherwise",
-        "code": "the code that trains has changed",
-        "data": "the volumes are made otherwise",
+        "numbers": "the digits of the code have changed",
+        "sizes": "the cohort has other sizes",
         "teacher_update": "the teacher moves otherwise",
     }
     return reasons + [words[key] for key in now if _rounded(now[key]) != record.made_with.get(key)]
@@ -186,6 +188,29 @@ def read_all(folder: Path, points: Iterable[Point]) -> dict[Point, Record]:
     """The records of those points that have a file."""
     paths = {point: folder / f"{point.name}.json" for point in points}
     return {point: read_record(path) for point, path in paths.items() if path.is_file()}
+
+
+def with_seconds(records: Iterable[Record], path: Path) -> list[Record]:
+    """The same records with the seconds of :func:`runner.measure_seconds` in the place of those of their runs.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or no seconds for a row in it.
+    """
+    rows = json.loads(path.read_bytes())["rows"]
+    return [_with_seconds(record, rows, path) for record in records]
+
+
+def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record:
+    if ROWS[record.row].objective is None:
+        return record
+    if record.row not in rows:
+        raise ValueError(f"{path} has no seconds for {record.row}: run `python -m fedkd_utils seconds`.")
+    cost = rows[record.row]
+    history = [
+        {**line, "cpu_seconds": cost["round"], "teacher_cpu_seconds": cost["looking"] if line["round"] == 1 else 0.0}
+        for line in record.result.history
+    ]
+    return dataclasses.replace(record, result=dataclasses.replace(record.result, history=history))
 
 
 def by_row(records: Mapping[Point, Record], setting: str | None = None) -> dict[str, list[Record]]:

@@ -64,7 +64,7 @@ def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
     digest = hashlib.sha256()
     for cell in code_cells(nb):
         digest.update(cell.source.encode() + b"\0")
-    for path in sorted(package.glob("*.py")):
+    for path in sorted(p for p in package.iterdir() if p.suffix in (".py", ".js", ".css")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()
 

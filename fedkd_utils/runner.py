@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 
 from fedkd_utils import cohorts, experiments, grids, records, shares, statistics
-from fedkd_utils.checkpoints import FEDERATION_CODE
+from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import CheckpointError, write_atomically
-from fedkd_utils.provenance import code_hash, versions
+from fedkd_utils.provenance import NUMBERS, versions
 from fedkd_utils.records import Record
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
 from fedkd_utils.training import TrainingError
 from fedkd_utils.transforms import SiteData, VolumeError
 
 #: The one grid of learning rates for every row, and the seed and the part of the rounds with which it is searched.
-LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
+LEARNING_RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
 TUNING_SEED = 1000
 TUNING_PART = 3
 
@@ -199,7 +199,6 @@ def tune(
     a stopped search goes on; what was tried with other code is tried again. Test volumes are not looked at.
     """
     shorter = replace(profile, rounds=max(profile.rounds // TUNING_PART, 1))
-    code = code_hash((*FEDERATION_CODE, *cohorts.DATA_CODE))
     path = rates_file(folder)
     facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {"rows": {}}
     rows = [row for row in rows if ROWS[row].objective is not None]
@@ -208,7 +207,7 @@ def tune(
         (row, trial["setting"], trial["learning_rate"]): trial
         for row, tried in facts["rows"].items()
         for trial in tried["trials"]
-        if (trial["code"], trial["method"]) == (code, ROWS[row].identity() if row in ROWS else "")
+        if (trial["numbers"], trial["method"]) == (NUMBERS, ROWS[row].identity() if row in ROWS else "")
     }
     todo = [trial for trial in wanted if trial not in known]
     say(f"{len(wanted)} trials: {len(wanted) - len(todo)} done, {len(todo)} to run")
@@ -222,7 +221,8 @@ def tune(
             row, setting, TUNING_SEED, replace(shorter, learning_rate=rate), root, sites=loaded[1], workers=workers
         )
         trial = {"setting": setting, "learning_rate": rate, "validation": None if math.isnan(dice) else round(dice, 5)}
-        known[row, setting, rate] = trial | {"code": code, "method": ROWS[row].identity()}
+        trial["device"] = device_title(compute_device())
+        known[row, setting, rate] = trial | {"numbers": NUMBERS, "method": ROWS[row].identity()}
         facts = {
             "command": f"python -m fedkd_utils tune --profile {profile.name}",
             "grid": LEARNING_RATES,
@@ -251,6 +251,39 @@ def _chosen(trials: dict[tuple[str, str, float], dict[str, Any]]) -> dict[str, A
         means = {rate: min(v) if min(v) < 0 else sum(v) / len(v) for rate, v in scores.items() if len(v) == most}
         out[row] = {"chosen": max(means, key=lambda rate: means[rate]), "trials": own}
     return out
+
+
+def seconds_file(folder: Path) -> Path:
+    """Where the measured seconds of a profile are."""
+    return folder / "seconds.json"
+
+
+def measure_seconds(
+    rows: Sequence[str], profile: Settings, folder: Path, root: Path | None = None, *, say: Say = _print
+) -> Path:
+    """Measure what a round of each row costs a client, in CPU seconds, one row after the other on this machine.
+
+    Results may come from several processes on a GPU, or from a machine that did other work too; their times cannot be
+    compared. Here every row is timed the same way: two clients, one at a time, each with one thread, the faster of
+    two rounds; and what looking at the unlabelled volumes with the teacher costs, once. Every round has the same
+    steps, so the seconds of a run are these times its rounds (:func:`records.with_seconds`).
+    """
+    setting = SETTINGS_OF_CLIENTS[0]
+    measured: dict[str, Any] = {}
+    for row in [name for name in rows if ROWS[name].objective is not None]:
+        history = experiments.timed(row, setting, replace(profile, rounds=2), root)
+        by_client = history.groupby("client")
+        looking = by_client["teacher_cpu_seconds"].sum().mean() if "teacher_cpu_seconds" in history else 0.0
+        measured[row] = {"round": round(by_client["cpu_seconds"].min().mean(), 3), "looking": round(float(looking), 3)}
+        say(f"{row}: {measured[row]['round']:.2f} s a round and client, {looking:.2f} s looking")
+    facts = {
+        "command": f"python -m fedkd_utils seconds --profile {profile.name}",
+        "machine": records.machine(1),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "rows": measured,
+    }
+    return write_atomically(seconds_file(folder), (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def report(name: str, profile: Settings, folder: Path, seeds: Sequence[int] = grids.SEEDS) -> str:

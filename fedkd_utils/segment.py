@@ -18,14 +18,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from monai.inferers import sliding_window_inference
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
@@ -33,9 +30,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from fedkd_utils import readers, transforms
+from fedkd_utils import figures, readers, transforms
 from fedkd_utils.calibration import sheet_thickness_mm
 from fedkd_utils.metrics import keep_largest_components
+from fedkd_utils.networks import write_atomically
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 from fedkd_utils.transforms import VolumeError
 
@@ -57,14 +55,6 @@ PLAUSIBLE_EXTENT_MM = (20.0, 1000.0)
 GEOMETRY = ("qform_code", "sform_code", "srow_x", "srow_y", "srow_z") + tuple(
     f"{kind}_{axis}" for kind, axes in (("quatern", "bcd"), ("qoffset", "xyz")) for axis in axes
 )
-
-
-#: Colour (the paper's) and line of each cartilage in a picture.
-OUTLINES: dict[int, tuple[str, Literal["solid", "dashed", "dotted"]]] = {
-    1: ("red", "solid"),
-    2: ("lime", "dashed"),
-    3: ("deepskyblue", "dotted"),
-}
 
 
 @dataclass(frozen=True)
@@ -311,10 +301,7 @@ def refuse_implausible(image: NDArray[np.float32], affine: NDArray[np.float64], 
 
 
 def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
-    """Draw a segmentation: eight sagittal slices through the cartilage, anterior to the right, one outline a class.
-
-    Femoral red and solid, tibial green and dashed, patellar blue and dotted. A slice is named by its position in
-    mm, from left (-) to right (+).
+    """Draw a segmentation as all volumes of the course are drawn: twelve sagittal slices through the cartilage.
 
     Args:
         volume: the NIfTI volume, or the folder of a DICOM series.
@@ -328,23 +315,10 @@ def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
     stored, affine = readers.read_dicom(source) if source.is_dir() else transforms.read_volume(source)
     image, ras = transforms.to_ras(stored, affine)
     classes, _ = transforms.to_ras(transforms.read_label(label, volume, stored.shape, affine), affine)
-    hit = np.flatnonzero(classes.any(axis=(1, 2)))
-    first, last = (hit[0], hit[-1]) if hit.size else (0, len(image) - 1)
-    steps = transforms.voxel_sizes_mm(ras)
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    darkest, brightest = np.percentile(image.astype(np.float32), (1, 99.5))
-    for axes, k in zip(figure.subplots(2, 4).flat, np.linspace(first, last, 8).round().astype(int), strict=True):
-        axes.imshow(image[k].T, cmap="gray", origin="lower", aspect=steps[2] / steps[1], vmin=darkest, vmax=brightest)
-        for c, (colour, line) in OUTLINES.items():
-            if (classes[k] == c).any():
-                axes.contour((classes[k] == c).T, levels=[0.5], colors=colour, linestyles=line, linewidths=1.2)
-        centre = nib.affines.apply_affine(ras, (np.array(image.shape) - 1) / 2 * (0, 1, 1) + (k, 0, 0))
-        axes.set_title(f"x = {centre[0]:+.0f} mm", fontsize=9)
-        axes.set_axis_off()
-    handles = [Line2D([], [], color=colour, linestyle=line) for colour, line in OUTLINES.values()]
-    names = [f"{CLASS_NAMES[c]} cartilage" for c in OUTLINES]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(out, dpi=110)
+    figure, _ = figures.montage(image, transforms.voxel_sizes_mm(ras), classes, 12, Path(volume).name)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(2 * width, 2 * height)  # a scanner has more pixels than a made knee
+    write_atomically(Path(out), figures.png(figure))
 
 
 def _stored_header(path: Path) -> nib.Nifti1Header:

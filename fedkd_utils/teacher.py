@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import cohorts, losses, metrics, transforms
+from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.networks import (
     ChannelDropout,
     CheckpointError,
@@ -90,24 +91,28 @@ def freeze(network: TappedNetwork) -> TappedNetwork:
 def pretrain_teacher(
     repository: SiteData, settings: Settings, seed: int, progress: Progress | None = None
 ) -> tuple[TappedNetwork, TrainingLog]:
-    """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen."""
-    network = build_network(settings, seed_of(seed, "teacher"))
-    log = train_supervised(
-        network,
-        repository.labelled_images,
-        repository.labels,
-        steps=settings.teacher_steps,
-        batch=settings.batch_labelled,
-        learning_rate=settings.teacher_learning_rate,
-        weight_decay=settings.weight_decay,
-        seed=seed_of(seed, "teacher training"),
-        labelled_classes=repository.classes_by_volume,
-        validation=repository.validation,
-        validate_every=max(settings.teacher_steps // 10, 1),
-        label="teacher",
-        progress=progress,
-    )
-    return freeze(network), log
+    """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen.
+
+    On :func:`device.compute_device`; the network comes back to the CPU.
+    """
+    network = build_network(settings, seed_of(seed, "teacher")).to(compute_device())
+    with repeatable():
+        log = train_supervised(
+            network,
+            repository.labelled_images.to(compute_device()),
+            repository.labels.to(compute_device()),
+            steps=settings.teacher_steps,
+            batch=settings.batch_labelled,
+            learning_rate=settings.teacher_learning_rate,
+            weight_decay=settings.weight_decay,
+            seed=seed_of(seed, "teacher training"),
+            labelled_classes=repository.classes_by_volume,
+            validation=repository.validation,
+            validate_every=max(settings.teacher_steps // 10, 1),
+            label="teacher",
+            progress=progress,
+        )
+    return freeze(network.cpu()), log
 
 
 def teacher_for(
@@ -237,7 +242,7 @@ def teacher_signals(
     evaluation mode, so batch statistics do not drift. The teacher is not touched (a copy works).
 
     Args:
-        images: (U, 1, D, H, W) z-scored.
+        images: (U, 1, D, H, W) z-scored; the copy works, and the signals lie, on their device.
         passes: M.
         seeds: one per volume; a volume's signals depend on nothing else.
         progress: gets one step per volume.
@@ -248,7 +253,7 @@ def teacher_signals(
             f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: at least one volume, a seed for each "
             "and no negative number of passes are needed."
         )
-    network = copy.deepcopy(teacher)
+    network = copy.deepcopy(teacher).to(images.device)
     q, uncertainty, features = [], [], []
     with evaluating(network):
         for image, seed in zip(images, seeds, strict=True):
@@ -272,9 +277,7 @@ def teacher_signals(
     return TeacherSignals(probabilities, entropy, bottleneck, classes=classes)
 
 
-def agreement(
-    teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[int] | Sequence[Sequence[int]]
-) -> float:
+def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[Sequence[int]]) -> float:
     """How far a teacher agrees with a client's few labels: its mean Dice on them, 0 to 1.
 
     0 also when there is nothing to measure.
@@ -282,15 +285,14 @@ def agreement(
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
-        classes: those that the client labels: in all volumes, or in each of them.
+        classes: those that the client labels, for each volume.
     """
-    by_volume = [group for group in classes if isinstance(group, Sequence)] or [tuple(classes)] * len(images)  # type: ignore[arg-type]
-    every = sorted({c for own in by_volume for c in own})
+    every = sorted({c for own in classes for c in own})
     found = predict_probabilities(teacher, images).argmax(dim=1).numpy() if len(images) else np.empty(0)
-    pairs = zip(found, labels.numpy(), strict=True)
+    pairs = zip(found, labels.cpu().numpy(), strict=True)
     scores = [
         [metrics.dice(predicted == c, truth == c) if c in own else math.nan for c in every]
-        for (predicted, truth), own in zip(pairs, by_volume, strict=True)
+        for (predicted, truth), own in zip(pairs, classes, strict=True)
     ]
     dice = mean_dice(np.array(scores).reshape(-1, max(len(every), 1)))
     return 0.0 if np.isnan(dice) else dice

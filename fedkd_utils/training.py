@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,50 +36,6 @@ B = TypeVar("B")
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message says where, why and what to do."""
-
-
-@contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Progress]:
-    """A bar for a person: a widget in Jupyter, tqdm on a terminal, nothing in a pipe, a test or a log.
-
-    In a notebook the stored output is one sentence that never changes, and nothing goes to stderr.
-
-    >>> with progress_bar(10, "Teacher") as advance:
-    ...     advance(1, "loss 1.20")
-    """
-    start, done, shown = time.perf_counter(), 0, 0.0
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    if shell is not None and hasattr(shell, "kernel"):
-        import ipywidgets
-        from IPython.display import display
-
-        bar, text = ipywidgets.IntProgress(max=max(total, 1)), ipywidgets.Label(label)
-        box = ipywidgets.HBox([bar, text])
-        view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-        plain = f"{label}: finished"
-        display({"text/plain": plain, "application/vnd.jupyter.widget-view+json": view}, raw=True)
-
-        def advance(steps: int, note: str) -> None:
-            nonlocal done, shown
-            done += steps
-            if time.perf_counter() - shown > 0.2 or done >= total:
-                shown = time.perf_counter()
-                bar.value, text.value = done, f"{label} {done}/{total}, {shown - start:.0f} s  {note}"
-
-        yield advance
-    elif sys.stderr.isatty():
-        from tqdm import tqdm
-
-        with tqdm(total=total, desc=label, dynamic_ncols=True, mininterval=0.2) as line:
-
-            def advance(steps: int, note: str) -> None:
-                line.set_postfix_str(note, refresh=False)
-                line.update(steps)
-
-            yield advance
-    else:
-        yield lambda steps, note: None
 
 
 def adamw(parameters: Iterator[nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -245,6 +200,8 @@ def train_supervised(
 ) -> TrainingLog:
     """Train a network in place with L_sup, and keep the weights that validate best.
 
+    Network, images and labels lie on one device.
+
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
@@ -314,12 +271,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 def predict_probabilities(network: nn.Module, images: Tensor) -> Tensor:
     """p = softmax(z): (B, 1, D, H, W) -> (B, C, D, H, W), or (1, D, H, W) -> (C, D, H, W).
 
-    One volume at a time, so the digits do not depend on what else is in the batch.
+    One volume at a time, so the digits do not depend on what else is in the batch. The volumes may lie anywhere; they
+    go to the network's device, and the probabilities come back to the CPU.
     """
     single = images.ndim == 4
+    device = next(network.parameters()).device
     with evaluating(network):
         batch = images[None] if single else images
-        p = torch.cat([network(volume[None]).softmax(dim=1) for volume in batch])
+        p = torch.cat([network(volume[None].to(device)).softmax(dim=1).cpu() for volume in batch])
     return p[0].clone() if single else p.clone()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,11 @@ class SiteData:
         """n_k, the weight of the site in federated averaging: labelled + unlabelled volumes."""
         return len(self.labelled_images) + len(self.unlabelled_images)
 
+    def to(self, device: torch.device) -> SiteData:
+        """The same site with its training volumes on a device; validation and test volumes stay on the CPU."""
+        tensors = ("labelled_images", "labels", "unlabelled_images")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
 
 def load_site(site: Site, settings: Settings) -> SiteData:
     """Load a site onto the grid.
@@ -360,7 +365,7 @@ def move(
     """
     batch, _, d, h, w = images.shape
     cos, sin = angle.cos(), angle.sin()
-    plane = torch.zeros(batch, 2, 3)  # affine_grid orders its axes (W, H), each from -1 to 1
+    plane = torch.zeros(batch, 2, 3, device=images.device)  # affine_grid orders its axes (W, H), each from -1 to 1
     plane[:, 0, 0], plane[:, 0, 1] = cos * zoom[:, 2], -sin * zoom[:, 1] * h / w
     plane[:, 1, 0], plane[:, 1, 1] = sin * zoom[:, 2] * w / h, cos * zoom[:, 1]
     plane[:, 0, 2], plane[:, 1, 2] = shift[:, 2], shift[:, 1]
@@ -369,15 +374,19 @@ def move(
     seen = sample(images[:, 0], where, mode="bilinear", padding_mode="border", align_corners=False)
     classes = sample(labels.float(), where, mode="nearest", align_corners=False).long()
 
-    centre = (2 * torch.arange(d) + 1) / d - 1
+    slices = torch.arange(d, device=images.device)
+    centre = (2 * slices + 1) / d - 1
     centre = zoom[:, :1] * centre + shift[:, :1]
     centre = torch.where(mirrored[:, None], -centre, centre)
     at = ((centre + 1) * d - 1) / 2  # (B, D) slice to read, in voxels
-    weights = (1 - (at.clamp(0, d - 1)[:, :, None] - torch.arange(d)).abs()).clamp(min=0)
+    weights = (1 - (at.clamp(0, d - 1)[:, :, None] - slices).abs()).clamp(min=0)
     seen = torch.bmm(weights, seen.flatten(2)).reshape(images.shape)
     nearest = at.round()
     inside = (nearest >= 0) & (nearest < d)
-    classes = classes[torch.arange(batch)[:, None], nearest.clamp(0, d - 1).long()] * inside[:, :, None, None]
+    classes = (
+        classes[torch.arange(batch, device=images.device)[:, None], nearest.clamp(0, d - 1).long()]
+        * inside[:, :, None, None]
+    )
     return seen, classes
 
 
@@ -399,16 +408,17 @@ def augment(
 
     Args:
         images: (B, 1, D, H, W) z-scored.
-        labels: (B, D, H, W) int64.
+        labels: (B, D, H, W) int64, on the device of the images.
+        generator: on the CPU, so that every device sees the same draws.
     """
-    batch = len(images)
-    mirrored = torch.rand(batch, generator=generator) < 0.5
-    zoom = 1 + 0.1 * _uniform(generator, batch, 3)
-    angle = math.radians(8) * _uniform(generator, batch)
-    shift = 0.1 * _uniform(generator, batch, 3)
+    batch, device = len(images), images.device
+    mirrored = (torch.rand(batch, generator=generator) < 0.5).to(device)
+    zoom = (1 + 0.1 * _uniform(generator, batch, 3)).to(device)
+    angle = (math.radians(8) * _uniform(generator, batch)).to(device)
+    shift = (0.1 * _uniform(generator, batch, 3)).to(device)
     images, labels = move(images, labels, mirrored, zoom, angle, shift)
-    images = bend(images, (math.log(1.25) * _uniform(generator, batch)).exp())
-    gain = 1 + 0.2 * _uniform(generator, batch, 1, 1, 1, 1)
-    offset = 0.2 * _uniform(generator, batch, 1, 1, 1, 1)
+    images = bend(images, (math.log(1.25) * _uniform(generator, batch)).exp().to(device))
+    gain = (1 + 0.2 * _uniform(generator, batch, 1, 1, 1, 1)).to(device)
+    offset = (0.2 * _uniform(generator, batch, 1, 1, 1, 1)).to(device)
     noise = 0.1 * torch.rand(1, generator=generator) * torch.randn(images.shape, generator=generator)
-    return images * gain + offset + noise, labels
+    return images * gain + offset + noise.to(device), labels

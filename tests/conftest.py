@@ -10,6 +10,7 @@ import pytest
 # Before torch is imported: digits of a training depend on the threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("FEDKD_DEVICE", "cpu")  # many tests ask for the same bits on two ways
 
 from tiny import blobs
 

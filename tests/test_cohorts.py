@@ -16,6 +16,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from fedkd_utils import acquisition, cohorts
@@ -23,18 +24,7 @@ from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.cohorts import Cohort, CohortError, Item, Site
 from fedkd_utils.settings import PAPER, QUICK, REFERENCE
 
-TINY = replace(
-    QUICK,
-    name="tiny",
-    repository_training=2,
-    repository_validation=1,
-    repository_test=1,
-    clients=2,
-    client_labelled=1,
-    client_unlabelled=2,
-    client_validation=1,
-    client_test=1,
-)
+TINY = replace(tiny.TINY, repository_training=2, client_test=1)
 SPLITS = ("training", "unlabelled", "validation", "test")
 HERE = Path(__file__).parent
 

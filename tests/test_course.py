@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd_utils import acquisition, course, federation, losses, metrics, teacher, training, transforms
+from fedkd_utils import acquisition, clients, course, losses, metrics, server, teacher, training, transforms
 from fedkd_utils.exercises import EXERCISES, Exercise
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -111,7 +111,7 @@ def _library(name):
     """The same quantity by the course's own, separately tested modules."""
 
     def update(k, state, count):
-        return federation.Update(str(k), dict(state), count, {}, None)
+        return clients.Update(str(k), dict(state), count, {}, None)
 
     return {
         "spacing_from_affine": transforms.voxel_sizes_mm,
@@ -121,7 +121,7 @@ def _library(name):
         "soft_dice_loss": lambda z, y: (
             2 * losses.supervised_loss(z, y) - torch.nn.functional.cross_entropy(z, y).to(torch.float64)
         ),
-        "fedavg": lambda states, counts: federation.aggregate(
+        "fedavg": lambda states, counts: server.aggregate(
             [update(k, s, n) for k, (s, n) in enumerate(zip(states, counts, strict=True))]
         ),
         "temperature_softmax": lambda z, tau: (z / tau).softmax(dim=1),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_rgb, to_rgba
 from PIL import Image
 from skimage.color import deltaE_ciede2000, rgb2lab
 
@@ -63,6 +63,16 @@ def test_the_same_data_give_the_same_bytes(monkeypatch):
     for _ in range(2):
         figures.show(*figures.montage(knee()[0], SPACING, knee()[1], 4, "Twice"))
     assert shown[0] == shown[1] and b"Software" not in shown[0]
+
+
+def test_a_png_is_small_and_true_to_its_colours():
+    figure, _ = figures.montage(*(knee()[0], SPACING, knee()[1]))
+    whole = io.BytesIO()
+    figure.savefig(whole, format="png", bbox_inches="tight")
+    small = figures.png(figure)
+    one, other = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (whole, io.BytesIO(small)))
+    assert len(small) < 0.9 * whole.tell() and np.abs(one - other).max() <= 2
+    assert (other[0, 0] == 255).all(), "white stays white"
 
 
 # ------------------------------------------------------------------------------------------------------------- colours
@@ -264,6 +274,15 @@ def test_made_knees_stand_beside_the_literature():
     assert extent.lines[1].get_ydata().tolist() == [71] and "mm" in extent.get_ylabel()
     medians = [line.get_ydata()[0] for line in thickness.lines]
     assert medians == [2.0, 2.5], "from thin to thick"
+
+
+def test_a_row_has_one_colour_in_bars_curves_and_dots():
+    title, colour = figures.ROW_STYLE["dual_kd"][:2]
+    (bar,) = figures.bars({title: 0.5}, "Dice", "One")[0].axes[0].patches
+    (line,) = figures.curves({title: [(0, 0.0), (1, 1.0)]}, "round", "Dice", "One")[0].axes[0].lines
+    frame = pd.DataFrame([{"row": "dual_kd", "class": "femoral", "dice": 0.5}])
+    dot = figures.dots_by_row(frame)[0].axes[0].lines[0]
+    assert bar.get_facecolor() == to_rgba(colour) and line.get_color() == dot.get_color() == colour
 
 
 def test_stacked_bytes_add_up():

@@ -78,6 +78,12 @@ def test_ci_calls_make_test():
     assert "make test" in (PROJECT / ".github" / "workflows" / "ci.yml").read_text()
 
 
+def test_ci_brings_a_browser():
+    for name in (".ci/run", ".github/workflows/ci.yml"):
+        text = (PROJECT / name).read_text()
+        assert re.search(r"apt-get install .*chromium", text) and text.index("chromium") < text.index("make test\n")
+
+
 def test_makefile_has_the_targets():
     text = (PROJECT / "Makefile").read_text()
     for target in ("run", "test", "lab", "notebooks", "clean", "help"):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkd_utils import losses, methods, networks, objectives, teacher
-from fedkd_utils.methods import ROWS, Batch
+from fedkd_utils import losses, networks, objectives, teacher
+from fedkd_utils.methods import ROWS
+from fedkd_utils.objectives import Batch
 from fedkd_utils.seeds import generator_of
 from fedkd_utils.settings import QUICK
 
@@ -67,7 +68,7 @@ def brute_force(student: networks.TappedNetwork, b: Batch, progress: float) -> d
 def test_dual_distillation_is_its_equation(progress: float) -> None:
     student, _, b = batch()
     with torch.no_grad():
-        parts = methods.dual_distillation(student, b, progress, TINY)
+        parts = objectives.dual_distillation(student, b, progress, TINY)
         expected = brute_force(student, b, progress)
     for name, value in expected.items():
         assert parts[name].item() == pytest.approx(value, rel=1e-9), name
@@ -77,7 +78,7 @@ def test_dual_distillation_is_its_equation(progress: float) -> None:
 def test_gradient_reaches_the_student_only_and_equals_finite_differences() -> None:
     student, master, b = batch()
     master.requires_grad_(True)
-    parts = methods.dual_distillation(student, b, 0.5, TINY)
+    parts = objectives.dual_distillation(student, b, 0.5, TINY)
     parts["loss"].backward()
     assert all(p.grad is None for p in master.parameters())
     weight = next(student.parameters())
@@ -87,7 +88,7 @@ def test_gradient_reaches_the_student_only_and_equals_finite_differences() -> No
     for sign in (1, -1):
         with torch.no_grad():
             weight[index] += sign * step
-            values.append(methods.dual_distillation(student, b, 0.5, TINY)["loss"].item())
+            values.append(objectives.dual_distillation(student, b, 0.5, TINY)["loss"].item())
             weight[index] -= sign * step
     assert weight.grad[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-4, abs=1e-8)
 
@@ -95,7 +96,7 @@ def test_gradient_reaches_the_student_only_and_equals_finite_differences() -> No
 def test_without_weights_it_is_the_supervised_objective_bit_by_bit() -> None:
     student, _, b = batch(double=False)
     none = replace(TINY, response_weight=0.0, feature_weight=0.0)
-    one, other = methods.dual_distillation(student, b, 0.5, none), methods.supervised(student, b, 0.5, none)
+    one, other = objectives.dual_distillation(student, b, 0.5, none), objectives.supervised(student, b, 0.5, none)
     assert torch.equal(one["loss"], other["loss"])
 
 
@@ -105,10 +106,10 @@ def test_each_weight_scales_its_own_part_and_the_response_ramps_up() -> None:
     only_feature = replace(TINY, feature_weight=2.0, response_weight=0.0)
     with torch.no_grad():
         for progress in (0.0, 0.5, 1.0):
-            r = methods.dual_distillation(student, b, progress, only_response)
+            r = objectives.dual_distillation(student, b, progress, only_response)
             ramp = math.exp(-5 * (1 - progress) ** 2)
             assert (r["loss"] - r["supervised"]).item() == pytest.approx(ramp * r["response"].item(), rel=1e-9)
-            f = methods.dual_distillation(student, b, progress, only_feature)
+            f = objectives.dual_distillation(student, b, progress, only_feature)
             assert (f["loss"] - f["supervised"]).item() == pytest.approx(2 * f["feature"].item(), rel=1e-9)
 
 
@@ -119,7 +120,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_its_features()
     with torch.no_grad():
         logits, features = student.forward_with_features(b.unlabelled)
         same = replace(b, teacher_probabilities=logits.softmax(1), teacher_features=features)
-        parts = methods.dual_distillation(student, same, 1.0, TINY)
+        parts = objectives.dual_distillation(student, same, 1.0, TINY)
     assert parts["response"].item() == pytest.approx(0, abs=1e-15)
     assert parts["feature"].item() == pytest.approx(0, abs=1e-12)
 
@@ -128,7 +129,7 @@ def test_an_uncertain_teacher_is_not_listened_to() -> None:
     student, _, b = batch()
     assert b.teacher_entropy is not None
     doubtful = replace(b, teacher_entropy=torch.full_like(b.teacher_entropy, math.log(4)))
-    parts = methods.dual_distillation(student, doubtful, 1.0, replace(TINY, feature_weight=0.0))
+    parts = objectives.dual_distillation(student, doubtful, 1.0, replace(TINY, feature_weight=0.0))
     assert parts["response"].item() == 0 and parts["trusted"].item() == 0
     assert torch.equal(parts["loss"], parts["supervised"])
 
@@ -139,7 +140,7 @@ def test_the_released_mask_is_the_stricter_one_and_means_are_over_what_it_trusts
     entropy = torch.linspace(0.0, 1.4, b.teacher_entropy.numel(), dtype=torch.float64).view_as(b.teacher_entropy)
     b = replace(b, teacher_entropy=entropy)
     for classes, ceiling in ((4, math.log(4)), (2, math.log(2))):
-        parts = methods.dual_distillation(student, b, 1.0, replace(TINY, mask_classes=classes, feature_weight=0.0))
+        parts = objectives.dual_distillation(student, b, 1.0, replace(TINY, mask_classes=classes, feature_weight=0.0))
         mask = entropy < ceiling
         assert parts["trusted"].item() == pytest.approx(mask.double().mean().item())
         squares = (student(b.unlabelled).softmax(1) - b.teacher_probabilities).square().sum(dim=1)
@@ -179,7 +180,7 @@ def test_rows_say_what_travels() -> None:
 def test_a_title_may_be_reworded_but_a_number_may_not() -> None:
     dual = ROWS["dual_kd"]
     assert replace(dual, title="x", source="y", assumes="z").identity() == dual.identity()
-    for other in ({"changes": {"confidence": 0.1}}, {"groups": True}, {"objective": methods.supervised}):
+    for other in ({"changes": {"confidence": 0.1}}, {"groups": True}, {"objective": objectives.supervised}):
         assert replace(dual, **other).identity() != dual.identity()
 
 
@@ -249,7 +250,7 @@ def test_weak_to_strong_teaches_the_strong_view_only() -> None:
         named = student(b.unlabelled + clipped(b.unlabelled.shape, 7, "weak", 0.25)).softmax(1)
     sure, classes = named.max(1)
     z = student(b.unlabelled + clipped(b.unlabelled.shape, 7, "strong", 0.75))
-    loss = methods.supervised(student, b, 0.3, settings)["loss"]
+    loss = objectives.supervised(student, b, 0.3, settings)["loss"]
     (loss + (functional.cross_entropy(z, classes, reduction="none") * (sure >= 0.5)).mean()).backward()
     expected = [p.grad for p in student.parameters() if p.grad is not None]
     assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-12) for a, e in zip(got, expected, strict=True))
@@ -266,11 +267,11 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance() -> None:
     parts["loss"].backward()
     with_term = [p.grad.clone() for p in student.parameters() if p.grad is not None]
     student.zero_grad()
-    methods.supervised(student, b, 0.0, settings)["loss"].backward()
+    objectives.supervised(student, b, 0.0, settings)["loss"].backward()
     for i, (p, grad) in enumerate(zip(student.parameters(), with_term, strict=True)):
         assert p.grad is not None and torch.allclose(grad - p.grad, torch.full_like(p, -0.3 * 0.1 * i), atol=1e-12)
     none = objectives.proximal(student, replace(b, received=None), 0.0, replace(TINY, proximal_weight=0.0))
-    assert torch.equal(none["loss"], methods.supervised(student, b, 0.0, settings)["loss"])
+    assert torch.equal(none["loss"], objectives.supervised(student, b, 0.0, settings)["loss"])
     with pytest.raises(ValueError, match="FedProx needs the parameters"):
         objectives.proximal(student, replace(b, received=None), 0.0, settings)
 
@@ -278,23 +279,25 @@ def test_the_proximal_term_is_half_mu_times_the_squared_distance() -> None:
 def test_trust_scales_both_terms_and_a_ramp_of_no_length_is_none() -> None:
     student, _, b = batch()
     with torch.no_grad():
-        full, half, none = (methods.dual_distillation(student, replace(b, trust=t), 0.4, TINY) for t in (1.0, 0.5, 0.0))
+        full, half, none = (
+            objectives.dual_distillation(student, replace(b, trust=t), 0.4, TINY) for t in (1.0, 0.5, 0.0)
+        )
         added = full["loss"] - full["supervised"]
         assert (half["loss"] - half["supervised"]).item() == pytest.approx(added.item() / 2, rel=1e-9)
         assert none["loss"].item() == none["supervised"].item()
         strong = replace(TINY, response_loss="cross_entropy_dice", response_weight=1.0, response_ramp=0.0)
         strong = replace(strong, feature_weight=0.0)
-        parts = methods.dual_distillation(student, b, 0.0, strong)
+        parts = objectives.dual_distillation(student, b, 0.0, strong)
         assert (parts["loss"] - parts["supervised"]).item() == pytest.approx(parts["response"].item(), rel=1e-9)
         assert b.teacher_probabilities is not None and b.teacher_entropy is not None and b.unlabelled is not None
         mask = b.teacher_entropy < (0.75 + 0.25 * math.exp(-5)) * math.log(4)
         expected = losses.response_cross_entropy_dice(student(b.unlabelled), b.teacher_probabilities, mask)
         assert parts["response"].item() == pytest.approx(expected.item(), rel=1e-9) and "feature" not in parts
     with pytest.raises(ValueError, match="response_loss must be one of squares, cross_entropy_dice, not 'l1'"):
-        methods.dual_distillation(student, b, 0.0, replace(TINY, response_loss="l1"))
+        objectives.dual_distillation(student, b, 0.0, replace(TINY, response_loss="l1"))
 
 
 def test_distillation_without_signals_is_refused() -> None:
     student, _, b = batch()
     with pytest.raises(ValueError, match="unlabelled volumes"):
-        methods.dual_distillation(student, replace(b, unlabelled=None), 0.5, TINY)
+        objectives.dual_distillation(student, replace(b, unlabelled=None), 0.5, TINY)

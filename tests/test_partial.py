@@ -14,7 +14,8 @@ from test_federation import SHAPE, TINY, equal, knees, site
 
 from fedkd_utils import clients, cohorts, federation, losses, metrics, networks, server, teacher, training, transforms
 from fedkd_utils.clients import Update
-from fedkd_utils.methods import ROWS, Batch, dual_distillation
+from fedkd_utils.methods import ROWS
+from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.settings import PAPER, QUICK
 from fedkd_utils.training import LabelledBatches
 from fedkd_utils.transforms import SiteData

@@ -173,18 +173,23 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
     """Executed, checked, validated strictly, published; and a changed figure fails."""
     path = write(
         tmp_path / "00_a.ipynb",
-        "import numpy as np\n\nfrom fedkd_utils import figures, viewer",
+        "import numpy as np\n\nfrom fedkd_utils import figures, live, surfaces, viewer",
         "figures.show(*figures.curves({'a': [(0, 0.0), (1, 1.0)]}, 'round', 'Dice', 'Dice by round'))",
         "view = viewer.show_volume(np.arange(24.0).reshape(2, 3, 4), None, (4, 1, 1), 'Numbers')",
+        "label = np.zeros((10, 20, 20), int)\nlabel[2:8, 3:17, 5:9] = 1\n"
+        "two = viewer.show_comparison(1.0 * label, {'moved': np.roll(label, 1, 2)}, label, (2, 1, 1), 'Two')",
+        "solid = surfaces.show_surfaces({'truth': label, 'moved': np.roll(label, 1, 2)}, (2, 1, 1), 'distance')",
+        "with live.progress_bar(2, 'Teacher') as advance:\n    for k in 1, 2:\n        advance(1, f'x, loss {k}')",
     )
     nb = publish.execute_notebook(path)
     assert [p for p in publish.problems(nb) if not p.startswith(("the first", "the last"))] == []
     assert path.stat().st_size < 200_000 and "widgets" not in nb.metadata
     passed, report = nbval(path)
-    assert passed and "3 passed" in report, report
+    assert passed and "6 passed" in report, report
     page = publish.build_site([path], tmp_path / "site").with_name("00_a.html").read_text()
     assert 'alt="Dice by round: Dice over round, 1 line; a rises."' in page
-    assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 2
+    assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 4
+    assert "Teacher: finished" in page
     nb.cells[4].source = nb.cells[4].source.replace("(1, 1.0)", "(1, -1.0)")
     nbformat.write(nb, path)
     passed, report = nbval(path)

@@ -155,12 +155,9 @@ def test_stale_results_are_reported_with_their_reasons_and_made_again_on_demand(
     standing, _ = go([point], tmp_path, cache, profile=other, again=True)
     assert standing.done and standing.done[point].result.settings["learning_rate"] == 0.02
     bigger = runner.standing([point], replace(other, client_test=3), tmp_path)
-    assert "the volumes are made otherwise" in bigger.stale[point]
-    monkeypatch.setattr(records, "code_hash", lambda modules: f"other {modules[0]}")
-    assert runner.standing([point], other, tmp_path).stale[point] == [
-        "the code that trains has changed",
-        "the volumes are made otherwise",
-    ]
+    assert "the cohort has other sizes" in bigger.stale[point]
+    monkeypatch.setattr(records, "NUMBERS", -1)
+    assert runner.standing([point], other, tmp_path).stale[point] == ["the digits of the code have changed"]
     monkeypatch.undo()
     monkeypatch.setitem(ROWS, "fedavg", replace(ROWS["fedavg"], starts_at_teacher=True))
     assert runner.standing([point], other, tmp_path).stale[point] == ["the row is defined otherwise"]
@@ -208,7 +205,7 @@ def test_rates_are_chosen_on_validation_and_used(cache: Path, tmp_path: Path, mo
     monkeypatch.setattr(experiments, "evaluate_cases", lambda *a: pytest.fail("looked at test volumes"))
     said: list[str] = []
     rates = runner.tune(["fedavg", "pooled", "teacher_only"], TINY, tmp_path, cache, say=said.append)
-    assert set(rates) == {"fedavg", "pooled"} and said[0] == "12 trials: 0 done, 12 to run"
+    assert set(rates) == {"fedavg", "pooled"} and said[0] == "16 trials: 0 done, 16 to run"
     facts = json.loads((tmp_path / "learning_rates.json").read_text())
     trials = facts["rows"]["fedavg"]["trials"]
     assert {(t["setting"], t["learning_rate"]) for t in trials} == {
@@ -221,7 +218,7 @@ def test_rates_are_chosen_on_validation_and_used(cache: Path, tmp_path: Path, mo
     assert facts["seed"] not in grids.SEEDS and facts["rounds"] == 1
     again: list[str] = []
     assert runner.tune(["fedavg"], TINY, tmp_path, cache, say=again.append)["fedavg"] == rates["fedavg"]
-    assert again == ["6 trials: 6 done, 0 to run"]
+    assert again == ["8 trials: 8 done, 0 to run"]
     points = runner.with_rates([Point("fedavg", "paper_like"), Point("dual_kd", "paper_like")], tmp_path)
     assert points[0].settings(TINY).learning_rate == rates["fedavg"] and points[0].name == "fedavg-paper_like-seed0"
     assert points[1].settings(TINY).learning_rate == TINY.learning_rate
@@ -233,7 +230,7 @@ def test_rates_are_chosen_on_validation_and_used(cache: Path, tmp_path: Path, mo
 
 
 def test_a_stopped_search_keeps_its_trials(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter([0.5, 0.6, float("nan"), KeyboardInterrupt, 0.7, 0.1, 0.9])
+    values = iter([0.5, 0.6, float("nan"), KeyboardInterrupt, 0.2, 0.7, 0.1, 0.9, 0.3])
 
     def validated(*args: Any, **more: Any) -> float:
         value = next(values)
@@ -246,10 +243,8 @@ def test_a_stopped_search_keeps_its_trials(cache: Path, tmp_path: Path, monkeypa
         runner.tune(["fedavg"], TINY, tmp_path, cache, say=lambda text: None)
     said: list[str] = []
     rates = runner.tune(["fedavg"], TINY, tmp_path, cache, say=said.append)
-    assert said[0] == "6 trials: 3 done, 3 to run"
-    assert (
-        rates["fedavg"] == runner.LEARNING_RATES[0]
-    )  # means 0.6 and 0.35; the third diverged once, whatever it did later
+    assert said[0] == "8 trials: 3 done, 5 to run"
+    assert rates["fedavg"] == runner.LEARNING_RATES[0]  # means 0.6, 0.35, 0.25; the third diverged once
     text = (tmp_path / "learning_rates.json").read_text()
     assert '"validation": null' in text
 
@@ -260,6 +255,29 @@ def test_a_row_that_diverges_has_no_validation(cache: Path) -> None:
     calm = experiments.validated("local_only", "paper_like", 0, TINY, cache)
     history = experiments.run_row("local_only", "paper_like", 0, TINY, cache).history_frame()
     assert calm == pytest.approx(history.groupby("client")["validation"].max().mean())
+
+
+# --- seconds ----------------------------------------------------------------------------------------------------
+
+
+def test_seconds_are_measured_by_row_and_replace_those_of_the_runs(cache: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    path = runner.measure_seconds(["teacher_only", "fedavg", "dual_kd"], TINY, tmp_path, cache, say=said.append)
+    facts = json.loads(path.read_bytes())
+    assert facts["rows"].keys() == {"fedavg", "dual_kd"} and len(said) == 2 and facts["machine"]["workers"] == 1
+    cost = facts["rows"]["dual_kd"]
+    assert cost["round"] > 0 and cost["looking"] > 0 and facts["rows"]["fedavg"]["looking"] == 0
+    points = [Point("teacher_only", "paper_like"), Point("fedavg", "paper_like"), Point("dual_kd", "paper_like")]
+    standing, _ = go(points, tmp_path, cache)
+    runs = [standing.done[point] for point in points]
+    timed = records.with_seconds(runs, path)
+    assert list(statistics.course_of(timed[2])["seconds"]) == pytest.approx(
+        [cost["looking"] + cost["round"], cost["looking"] + 2 * cost["round"]]
+    )
+    assert statistics.course_of(timed[0])["seconds"].sum() == 0  # nothing is trained
+    assert statistics.course_of(timed[1])["dice"].equals(statistics.course_of(runs[1])["dice"])
+    with pytest.raises(ValueError, match=r"no seconds for pooled: run `python -m fedkd_utils seconds`"):
+        records.with_seconds(go([Point("pooled", "paper_like")], tmp_path, cache)[0].done.values(), path)
 
 
 # --- command line -----------------------------------------------------------------------------------------------
@@ -283,6 +301,7 @@ def test_the_command_line_lists_runs_tunes_and_reports(
     assert "2 points: 0 done, 0 stale, 2 to run" in call("run", *rows, "--only", "fedavg-*")
     call("run", *rows, "--only", "dual_kd-*")
     assert "fedavg" in call("tune", "--profile", "tiny", "--row", "fedavg")
+    assert "seconds.json" in call("seconds", "--profile", "tiny")
     text = call("results", "--profile", "tiny", *seeds)
     assert "rows: " in text and "dual_kd minus it +0.000 [+0.000, +0.000]" in text
     assert __main__.main(["run", "--profile", "tiny", "--part", "2"]) == 1

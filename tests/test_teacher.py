@@ -8,48 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from fedkd_utils import cohorts, losses, networks, teacher, training
-from fedkd_utils.acquisition import T1, Scan, Scanner
 from fedkd_utils.seeds import generator_of, seed_of
-from fedkd_utils.settings import QUICK
 from fedkd_utils.teacher import TeacherUpdate
 
-TINY = replace(
-    QUICK,
-    name="tiny",
-    grid_shape=(4, 16, 16),
-    channels=(4, 8),
-    dropout=0.2,
-    repository_training=3,
-    repository_validation=1,
-    repository_test=1,
-    clients=2,
-    client_labelled=1,
-    client_unlabelled=2,
-    client_validation=1,
-    client_test=1,
-    teacher_steps=6,
-    teacher_passes=5,
-)
+TINY = replace(tiny.TINY, dropout=0.2, client_test=1, teacher_passes=5)
 VNET = replace(TINY, architecture="vnet", grid_shape=(16, 16, 16))
-
-
-def blobs(subject: int, scanner: Scanner, scan_seed: int) -> Scan:
-    """Three bright boxes at places that depend on the subject: a volume in a millisecond."""
-    rng = np.random.default_rng([subject, scan_seed])
-    label = np.zeros((4, 18, 18), np.uint8)
-    for c in (1, 2, 3):
-        row, column = 5 * (c - 1) + rng.integers(1, 3), rng.integers(1, 9)
-        label[1:3, row : row + 4, column : column + 7] = c
-    image = (100 * label + rng.normal(100, 20, label.shape)).astype(np.float32)
-    return Scan(image, label, np.diag([4.0, 1.2, 1.2, 1.0]), "left", T1)
 
 
 @pytest.fixture()
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    quick = functools.partial(cohorts.make_cohort, workers=1, scan=blobs)
+    quick = functools.partial(cohorts.make_cohort, workers=1, scan=tiny.blobs)
     monkeypatch.setattr(cohorts, "make_cohort", quick)
     return tmp_path
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
@@ -254,57 +249,3 @@ def test_evaluation_happens_on_the_native_grid_in_mm() -> None:
     pairs = zip(table.to_dict("records"), training.evaluate_cases(network, [other]).to_dict("records"), strict=True)
     for a, b in pairs:
         assert a == pytest.approx(b, nan_ok=True)
-
-
-def test_progress_is_silent_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
-    with training.progress_bar(3, "Teacher") as advance:
-        for _ in range(3):
-            advance(1, "loss 1.0")
-    assert capfd.readouterr() == ("", "")
-
-
-def test_progress_draws_a_line_on_a_terminal() -> None:
-    import pty
-    import termios
-
-    program = (
-        "from fedkd_utils.training import progress_bar\n"
-        "with progress_bar(3, 'Teacher') as advance:\n"
-        "    [advance(1, 'loss 1.0') for _ in range(3)]\n"
-    )
-    master, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (24, 100))
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], stderr=terminal, stdout=subprocess.PIPE)
-    os.close(terminal)
-    shown = ""
-    while "3/3" not in shown:
-        try:
-            shown += os.read(master, 10_000).decode()
-        except OSError:  # Linux says so when the other end is closed and empty
-            break
-    os.close(master)
-    assert done.returncode == 0 and done.stdout == b"" and "Teacher" in shown and "3/3" in shown
-
-
-def test_progress_passes_strict_nbval_with_an_output_that_never_changes(tmp_path: Path) -> None:
-    """A notebook whose committed output is the sentence alone is executed and compared; stderr must be empty."""
-    source = (
-        "from fedkd_utils.training import progress_bar\n"
-        "with progress_bar(3, 'Teacher') as advance:\n"
-        "    for step in range(3):\n"
-        "        advance(1, f'loss {step}')"
-    )
-    cell = nbformat.v4.new_code_cell(source, execution_count=1)
-    widget = {"model_id": "0123456789abcdef", "version_major": 2, "version_minor": 0}
-    data = {"application/vnd.jupyter.widget-view+json": widget, "text/plain": "Teacher: finished"}
-    cell.outputs = [nbformat.v4.new_output("display_data", data=data)]
-    notebook = nbformat.v4.new_notebook(cells=[cell])
-    nbformat.write(notebook, tmp_path / "bar.ipynb")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
-    result = subprocess.run(
-        [*command, "--nbval-cell-timeout=60", str(tmp_path / "bar.ipynb")],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
