@@ -597,18 +597,21 @@ def _content(path: Path) -> str:
 def assert_no_leakage(cohort: Cohort) -> None:
     """No subject in two sites or splits, and no image content twice.
 
+    A subject may be scanned twice in one split; unlabelled volumes are training data, too.
+
     Raises:
         CohortError: names both places.
     """
-    seen: dict[object, str] = {}
+    seen: dict[tuple[str, object], tuple[object, str]] = {}
     for site in (cohort.repository, *cohort.clients):
         for split in ("training", "unlabelled", "validation", "test"):
             for item in getattr(site, split):
-                place = f"{site.name} {split} ({item.image})"
+                words = f"{site.name} {split} ({item.image})"
+                place = (site.name, "training" if split == "unlabelled" else split)
                 for key in (("subject", item.subject), ("content", _content(item.image))):
-                    if key in seen:
-                        raise CohortError(f"the same {key[0]} twice: {seen[key]} and {place}. Keep one of them.")
-                    seen[key] = place
+                    there, other = seen.setdefault(key, (place, words))
+                    if other != words and (key[0] == "content" or there != place):
+                        raise CohortError(f"the same {key[0]} twice: {other} and {words}. Keep one of them.")
 
 
 # --- the committed demonstration ------------------------------------------------------------

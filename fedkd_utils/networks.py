@@ -398,7 +398,11 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Map
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Replace a file by new content in one step: a reader or a kill sees the old file or the new one."""
+    """Replace a file by new content in one step: a reader or a kill sees the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; it names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -408,8 +412,10 @@ def write_atomically(path: Path, content: bytes) -> Path:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say which file
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
         raise
     return path
 

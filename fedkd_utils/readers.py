@@ -398,7 +398,7 @@ def ski10(folder: Path) -> list[Reading]:
         return _checked(raw, image), classes, affine
 
     out = []
-    for image in sorted(folder.rglob("image-*.mhd")):
+    for image in sorted(folder.glob("image-*.mhd")):
         label = image.with_name(image.name.replace("image-", "labels-"))
         known = label if label.is_file() else None
         own = NO_PATELLA if known else ()
@@ -497,7 +497,7 @@ READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]
     "iwoai": (iwoai, lambda f: any(f.glob("*/*_V0?.im"))),
     "skm_tea": (skm_tea, lambda f: any(f.glob("image_files/MTR_*.h5")) or any(f.glob("v1-release/image_files/*.h5"))),
     "oai_zib": (oai_zib, lambda f: any(f.glob("segmentation_masks/*.segmentation_masks.mhd"))),
-    "ski10": (ski10, lambda f: any(f.rglob("image-*.mhd"))),
+    "ski10": (ski10, lambda f: any(f.glob("image-*.mhd"))),
     "open_knees": (open_knees, lambda f: any(f.glob("mri/mri-oks*"))),
     "oai_queensland": (oai_queensland, lambda f: any(f.glob("*Cartilage*.nii.gz"))),
     "dicom": (dicom_folder, lambda f: bool(dicom_folder(f))),

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -349,16 +348,12 @@ def _checked_target(out: Path, source: Path) -> Path:
 
 
 def _write_label(out: Path, label: NDArray[np.uint8], source: nib.Nifti1Header) -> None:
-    """Write beside ``out`` and move it there; of ``source`` it takes the geometry and nothing else."""
+    """Of ``source`` it takes the geometry and nothing else."""
     header = nib.Nifti1Header()
     header.set_data_dtype(np.uint8)
     header.set_xyzt_units("mm")
     header["pixdim"][:4] = source["pixdim"][:4]
     for field in GEOMETRY:
         header[field] = source[field]
-    partial = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        nib.save(nib.Nifti1Image(label, None, header), partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = nib.Nifti1Image(label, None, header).to_bytes()
+    write_atomically(out, gzip.compress(content, 6, mtime=0) if out.name.endswith(".gz") else content)

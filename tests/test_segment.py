@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from torch import nn
 
-from fedkd_utils import cohorts, metrics, segment, transforms
+from fedkd_utils import cohorts, metrics, networks, segment, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.settings import QUICK
 
@@ -401,13 +401,11 @@ def test_an_interrupted_write_leaves_the_older_result(tmp_path, monkeypatch):
     path, out = save(tmp_path / "knee.nii", IMAGE), tmp_path / "label.nii.gz"
     out.write_bytes(b"an older result")
 
-    def full_disk(image, name):
-        with open(name, "wb") as file:
-            file.write(b"half a file")
+    def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(segment.nib, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(networks.os, "fsync", full_disk)  # after the bytes, before the name
+    with pytest.raises(OSError, match="No space left.*label.nii.gz"):
         segment.segment_volume(path, Lopsided(), SMALL, out)
     assert out.read_bytes() == b"an older result"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["knee.nii", "label.nii.gz"]
