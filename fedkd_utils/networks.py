@@ -414,7 +414,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):  # a full disk does not say which file
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file
             raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
         raise
     return path
