@@ -107,6 +107,13 @@ def _prepare(arguments: argparse.Namespace) -> None:
     print(f"written: {arguments.out}; look at {arguments.out / 'preview.html'}")
 
 
+def _simulate(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import simulate
+
+    simulate.simulate_sites(arguments.folder, arguments.out, arguments.clients, arguments.seed, _note())
+    print(f"written: {arguments.out}; train on it with `run --sites {arguments.out}`")
+
+
 def _run_sites(arguments: argparse.Namespace) -> None:
     from fedkd_utils import experiments, sites
     from fedkd_utils.methods import COURSE_ROWS
@@ -276,6 +283,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("out", type=Path, help="a new folder")
     sub.add_argument("--seed", type=int, default=0, help="of the splits, where the set names none")
+    sub = command("simulate", _simulate, "make images for your own label maps of bones and cartilages, as sites")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("out", type=Path, help="a new folder")
+    sub.add_argument("--clients", type=int, default=4, help="hospitals besides the repository (default: 4)")
+    sub.add_argument("--seed", type=int, default=0, help="of who is where")
     sub = command("results", _results, "say what is done, stale and missing, and print the differences")
     profile(sub)
     sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])

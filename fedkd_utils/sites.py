@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -318,14 +318,11 @@ def prepare_sites(
         OSError: ``out`` cannot be written.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(errno.EEXIST, "exists already; name a new folder, or remove it first", str(out))
-    report = check_sites(folder, progress)
-    if report.errors:
-        raise VolumeError(f"{report.errors[0].text} ({len(report.errors)} errors in all: run `check`.)")
-    warnings = list(report.findings)
-    with _beside(out) as building:
-        pages = []
+    with beside(out) as building:
+        report = check_sites(folder, progress)
+        if report.errors:
+            raise VolumeError(f"{report.errors[0].text} ({len(report.errors)} errors in all: run `check`.)")
+        warnings, pages = list(report.findings), []
         for site, path in site_folders(folder).items():
             page, found = _prepare_site(path, building / site, site, settings, seed, progress)
             pages.append(page)
@@ -336,8 +333,15 @@ def prepare_sites(
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that becomes it when the block ends well, and is gone when not."""
+def beside(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out`` that becomes it when the block ends well, and is gone when not.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        OSError: it cannot be written.
+    """
+    if out.exists():
+        raise FileExistsError(errno.EEXIST, "exists already; name a new folder, or remove it first", str(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
@@ -349,56 +353,105 @@ def _beside(out: Path) -> Iterator[Path]:
         raise
 
 
-def _prepare_site(
-    source: Path, target: Path, name: str, settings: Settings, seed: int, progress: Callable[[str], None] | None
-) -> tuple[str, list[Finding]]:
-    """Writes one site; returns its part of the preview page, and what was cut off."""
-    layout = readers.layout(source) or ""
-    entries: dict[str, list[Any]] = {"training": [], "validation": [], "test": [], "unlabelled": []}
+@dataclass(frozen=True)
+class Entry:
+    """A volume that :func:`write_site` writes."""
+
+    name: str
+    split: str  # "training", "unlabelled", "validation" or "test"
+    person: str
+    image: NDArray[np.float32]  # (X, Y, Z)
+    label: NDArray[np.uint8] | None  # None: unlabelled
+    affine: NDArray[np.float64]  # (4, 4), voxel index -> RAS mm
+    classes: tuple[int, ...]  # that were drawn
+
+
+def write_site(folder: Path, description: str, volumes: Iterable[Entry]) -> dict[str, int]:
+    """Write a site in the Decathlon layout, one volume after the other; returns how many each split has.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    entries: dict[str, list[Any]] = {"training": [], "unlabelled": [], "validation": [], "test": []}
     classes: dict[str, list[int]] = {}
     people: dict[str, int] = {}
-    pictures: list[str] = []
-    warnings: list[Finding] = []
-    for reading, split in split_by_person(readers.read_set(source), source, seed):
-        if progress is not None:
-            progress(f"{name}: {reading.name}")
-        image, label, affine = load_checked(reading, layout)
-        if image is None:
-            raise VolumeError(
-                f"{reading.path}: a label without an image. Make images for these labels with `simulate` first."
-            )
-        file, half = f"{reading.name}.nii.gz", "Ts" if split == "test" else "Tr"
-        grid, place = transforms.to_grid(image, affine, settings.grid_spacing_mm, settings.grid_shape)
-        _write(target / f"images{half}" / file, grid.numpy(), place)
-        people[file] = int(hashlib.sha256(reading.subject.encode()).hexdigest()[:12], 16)
-        if label is None:
+    for volume in volumes:
+        file, half = f"{volume.name}.nii.gz", "Ts" if volume.split == "test" else "Tr"
+        write_volume(folder / f"images{half}" / file, volume.image, volume.affine)
+        people[file] = number_of(volume.person)
+        if volume.label is None:
             entries["unlabelled"].append(f"./images{half}/{file}")
             continue
-        if lost := _share_outside(label, affine, place, settings.grid_shape):
-            text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid; crop it to the joint."
-            if lost > MOST_OUTSIDE:
-                raise VolumeError(text)
-            warnings.append(Finding("warning", text))
-        classed = transforms.label_to_grid(label, affine, settings.grid_spacing_mm, settings.grid_shape)
-        drawn = classed.numpy().astype(np.uint8)
-        _write(target / f"labels{half}" / file, drawn, place)
-        classes[file] = list(reading.classes)
-        entries[split].append({"image": f"./images{half}/{file}", "label": f"./labels{half}/{file}"})
-        if len(pictures) < SHOWN:
-            pictures.append(_picture(reading.name, grid.numpy(), drawn, settings.grid_spacing_mm))
+        write_volume(folder / f"labels{half}" / file, volume.label, volume.affine)
+        classes[file] = list(volume.classes)
+        entries[volume.split].append({"image": f"./images{half}/{file}", "label": f"./labels{half}/{file}"})
     facts = {
-        "name": name,
-        "description": f"{layout}, {settings.grid_shape} voxels of {settings.grid_spacing_mm} mm",
+        "name": folder.name,
+        "description": description,
         "modality": {"0": "MRI"},
         "labels": {str(i): word for i, word in enumerate(CLASS_NAMES)},
         **entries,
         "labelled_classes": classes,
         "subjects": people,
     }
-    write_atomically(target / "dataset.json", json.dumps(facts, indent=1).encode())
-    counts = ", ".join(f"{len(volumes)} {split}" for split, volumes in entries.items())
+    write_atomically(folder / "dataset.json", json.dumps(facts, indent=1).encode())
+    return {split: len(listed) for split, listed in entries.items()}
+
+
+def number_of(person: str) -> int:
+    """A number for a person's name: always the same, and hardly ever that of another one."""
+    return int(hashlib.sha256(person.encode()).hexdigest()[:12], 16)
+
+
+def write_volume(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> None:
+    """Write a ``.nii.gz``, images in 16 bits; equal arrays give equal bytes.
+
+    Raises:
+        OSError: it cannot be written; names the file.
+    """
+    image = nib.Nifti1Image(array, affine)
+    if array.dtype != np.uint8:
+        image.set_data_dtype(np.int16)  # nibabel scales
+    image.header.set_xyzt_units("mm")
+    write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
+
+
+def _prepare_site(
+    source: Path, target: Path, name: str, settings: Settings, seed: int, progress: Callable[[str], None] | None
+) -> tuple[str, list[Finding]]:
+    """Writes one site; returns its part of the preview page, and what was cut off."""
+    layout = readers.layout(source) or ""
+    spacing, shape = settings.grid_spacing_mm, settings.grid_shape
+    pictures: list[str] = []
+    warnings: list[Finding] = []
+
+    def on_grid() -> Iterator[Entry]:
+        for reading, split in split_by_person(readers.read_set(source), source, seed):
+            if progress is not None:
+                progress(f"{name}: {reading.name}")
+            image, label, affine = load_checked(reading, layout)
+            if image is None:
+                raise VolumeError(
+                    f"{reading.path}: a label without an image. Make images for these labels with `simulate` first."
+                )
+            grid, place = transforms.to_grid(image, affine, spacing, shape)
+            drawn = None
+            if label is not None:
+                if lost := _share_outside(label, affine, place, shape):
+                    text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid; "
+                    text += "crop the volume to the joint."
+                    if lost > MOST_OUTSIDE:
+                        raise VolumeError(text)
+                    warnings.append(Finding("warning", text))
+                drawn = transforms.label_to_grid(label, affine, spacing, shape).numpy().astype(np.uint8)
+                if len(pictures) < SHOWN:
+                    pictures.append(_picture(reading.name, grid.numpy(), drawn, spacing))
+            yield Entry(reading.name, split, reading.subject, grid.numpy(), drawn, place, reading.classes)
+
+    counts = write_site(target, f"{layout}, {shape} voxels of {spacing} mm", on_grid())
+    words = ", ".join(f"{count} {split}" for split, count in counts.items())
     notes = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in warnings)
-    return f"<h1>{html.escape(name)}</h1><p>{html.escape(layout)}: {counts}</p>{notes}" + "".join(pictures), warnings
+    return f"<h1>{html.escape(name)}</h1><p>{html.escape(layout)}: {words}</p>{notes}" + "".join(pictures), warnings
 
 
 def _share_outside(
@@ -432,14 +485,6 @@ def split_by_person(found: Sequence[Reading], source: Path, seed: int) -> list[t
         place |= dict.fromkeys(free[k * count : (k + 1) * count], split)
     split_of = [(reading, place.get(reading.subject, "training")) for reading in found]
     return [(reading, split) for reading, split in split_of if reading.classes or split == "training"]
-
-
-def _write(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> None:
-    image = nib.Nifti1Image(array, affine)
-    if array.dtype != np.uint8:
-        image.set_data_dtype(np.int16)  # nibabel scales
-    image.header.set_xyzt_units("mm")
-    write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
 def _picture(name: str, image: NDArray[np.float32], label: NDArray[np.uint8], spacing_mm: Sequence[float]) -> str:
