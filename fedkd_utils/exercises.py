@@ -81,6 +81,7 @@ def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 _peaked = (4 * _logits).softmax(dim=1)
 _wide = 300 * _logits
+_shares = _peaked[0].numpy()  # (C, D, H, W)
 
 EXERCISES: dict[str, Exercise] = {
     "spacing_from_affine": Exercise(
@@ -289,6 +290,36 @@ EXERCISES: dict[str, Exercise] = {
             "the release sends the teacher in both directions each round.": lambda b, r, c: c * (r * b - b),
             "once it still has to travel: subtract that.": lambda b, r, c: c * 2 * r * b,
             "every client gets its own copy.": lambda b, r, c: 2 * r * b - b,
+        },
+    ),
+    "fold_unknown": Exercise(
+        lambda p, known: np.concatenate([1 - p[list(known)].sum(axis=0, keepdims=True), p[list(known)]]),
+        [(_shares, [1, 2]), (_shares, [2]), (_shares, [1, 2, 3])],
+        {
+            "what is unknown may be background or not: its probability belongs to the first entry.": lambda p, known: p[
+                [0, *known]
+            ],
+            "the unknown classes are not impossible: add their probabilities, do not divide them away.": (
+                lambda p, known: p[[0, *known]] / p[[0, *known]].sum(axis=0)
+            ),
+            "the background comes first, and then the known classes.": lambda p, known: np.concatenate(
+                [p[list(known)], 1 - p[list(known)].sum(axis=0, keepdims=True)]
+            ),
+        },
+    ),
+    "world_mm": Exercise(
+        lambda affine, index: affine[:3, :3] @ np.asarray(index) + affine[:3, 3],
+        [(_affine, (0, 0, 0)), (_affine, (5, 2, 7))],
+        {
+            "index 0 is not at the origin of the scanner: the last column says where it is.": lambda a, i: (
+                a[:3, :3] @ np.asarray(i)
+            ),
+            "a step along an index is a column of the affine, not a row.": lambda a, i: (
+                a[:3, :3].T @ np.asarray(i) + a[:3, 3]
+            ),
+            "voxel sizes alone do not say which way an axis runs.": lambda a, i: (
+                np.linalg.norm(a[:3, :3], axis=0) * np.asarray(i) + a[:3, 3]
+            ),
         },
     ),
 }

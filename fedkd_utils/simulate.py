@@ -40,8 +40,8 @@ TISSUE_OF_VALUE = {
 #: Less bone than this, in ml, is not the femur and tibia of a knee: the map has other values. (Chosen.)
 LEAST_BONE_ML = 30.0
 
-#: Thicknesses in mm of what surrounds the bones. (Chosen.)
-SHELL_MM, SKIN_MM, FAT_MM, FRONT_MM, BEHIND_MM = 0.9, 1.6, 6.0, 9.0, 28.0
+#: Thicknesses of what surrounds the bones, and the radius that bridges them, in mm. (Chosen.)
+SHELL_MM, SKIN_MM, FAT_MM, FRONT_MM, BEHIND_MM, BRIDGE_MM = 0.9, 1.6, 6.0, 9.0, 28.0, 40.0
 
 #: People that the repository (training, validation, test) and each client (and unlabelled) have at least.
 LEAST_REPOSITORY, LEAST_CLIENT = 3, 4
@@ -120,10 +120,12 @@ def _surround(solid: NDArray[np.uint8], spacing_mm: tuple[float, float, float]) 
         return ndimage.distance_transform_edt(~mask, sampling=spacing_mm).astype(np.float32)
 
     bone = solid == anatomy.MARROW
-    far = distance(solid > 0)
+    # A ball of this radius, rolled round the bones, touches the skin: it bridges patella and tibia.
+    core = ndimage.distance_transform_edt(distance(solid > 0) < BRIDGE_MM, sampling=spacing_mm) >= BRIDGE_MM
+    far = distance(core)
     # Less covers the bones in front than behind.
     y = np.arange(solid.shape[1])[None, :, None]
-    front = np.where((solid > 0).any(axis=1), solid.shape[1] - 1 - np.argmax((solid > 0)[:, ::-1], axis=1), 0)
+    front = np.where(core.any(axis=1), solid.shape[1] - 1 - np.argmax(core[:, ::-1], axis=1), 0)
     depth = (np.where(front > 0, front, np.median(front[front > 0]))[:, None, :] - y) * spacing_mm[1]
     cover = FRONT_MM + (BEHIND_MM - FRONT_MM) * np.clip(depth / 40, 0, 1)
     leg = ndimage.gaussian_filter(far - cover.astype(np.float32), [4 / step for step in spacing_mm])  # < 0 inside
