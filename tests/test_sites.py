@@ -92,6 +92,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "label out of range": (lambda d: relabel(d, lambda x: x + 7), "unknown label values"),
     "label of another shape": (lambda d: relabel(d, lambda x: x[1:]), "another grid"),
     "label upside down": (lambda d: relabel(d, lambda x: x[:, :, ::-1]), "upside down"),
+    "label back to front": (lambda d: relabel(d, lambda x: x[:, ::-1]), "back to front"),
     "label of another place": (
         lambda d: save(d / "north/labelsTr/k0.nii.gz", knee(0)[1], np.diag([4.0, 1.2, 1.3, 1])),
         "another grid",
@@ -138,6 +139,7 @@ HEADERS: dict[str, tuple[dict[str, object], str]] = {
     "no orientation": ({"qform_code": 0, "sform_code": 0}, "no orientation"),
     "singular": ({"srow_z": 0}, "singular"),
     "sheared": ({"srow_x": [4, 1.2, 0, 0], "srow_y": [4, 1.21, 0, 0]}, "singular"),
+    "integers that overflow": ({"scl_slope": 3e38, "scl_inter": 0}, "NaN or infinite"),
     "unknown datatype": ({"datatype": 999}, "damaged"),
 }
 FAULTS |= {
