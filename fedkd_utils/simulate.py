@@ -40,8 +40,11 @@ TISSUE_OF_VALUE = {
 #: Less bone than this, in ml, is not the femur and tibia of a knee: the map has other values. (Chosen.)
 LEAST_BONE_ML = 30.0
 
-#: Thicknesses of what surrounds the bones, and the radius that bridges them, in mm. (Chosen.)
-SHELL_MM, SKIN_MM, FAT_MM, FRONT_MM, BEHIND_MM, BRIDGE_MM = 0.9, 1.6, 6.0, 9.0, 28.0, 40.0
+#: Thicknesses of what surrounds the bones, in mm. (Chosen.)
+SHELL_MM, SKIN_MM, FAT_MM, FRONT_MM, BEHIND_MM = 0.9, 1.6, 6.0, 9.0, 28.0
+
+#: The radius of the ball that bridges patella and tibia, and how far fat reaches round the patella, in mm. (Chosen.)
+BRIDGE_MM, PAD_MM = 40.0, 25.0
 
 #: People that the repository (training, validation, test) and each client (and unlabelled) have at least.
 LEAST_REPOSITORY, LEAST_CLIENT = 3, 4
@@ -133,8 +136,8 @@ def _surround(solid: NDArray[np.uint8], spacing_mm: tuple[float, float, float]) 
     tissue = np.full(solid.shape, anatomy.AIR, np.uint8)
     tissue[leg < 0] = anatomy.SKIN
     tissue[leg < -SKIN_MM] = anatomy.FAT
-    tissue[(leg < -SKIN_MM - FAT_MM) & (depth > 15)] = anatomy.MUSCLE
     near = {code: distance(solid == code) for code in (anatomy.FEMORAL, anatomy.TIBIAL, anatomy.PATELLAR)}
+    tissue[(leg < -SKIN_MM - FAT_MM) & (near[anatomy.PATELLAR] > PAD_MM)] = anatomy.MUSCLE
     between = near[anatomy.FEMORAL] + near[anatomy.TIBIAL]
     tissue[between < 8] = anatomy.MENISCUS
     tissue[np.minimum(between, near[anatomy.FEMORAL] + near[anatomy.PATELLAR]) < 2.5] = anatomy.FLUID
