@@ -161,9 +161,9 @@ def teacher_on(
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "versions": versions(),
-        "validation": log.validation,
+        "validation": [{**line, "dice": _number(line["dice"])} for line in log.validation],
         "best_step": log.best_step,
-        "best_dice": log.best_dice if log.validation else None,
+        "best_dice": _number(log.best_dice),
         "seconds": log.seconds,
         "data_share": log.data_share,
     }
@@ -171,12 +171,17 @@ def teacher_on(
     return _teacher(network, path, facts, repository)
 
 
+def _number(dice: float) -> float | None:
+    """A Dice as JSON holds it: null where nothing could be measured."""
+    return None if np.isnan(dice) else dice
+
+
 def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: cohorts.Site) -> Teacher:
     taught = {c for item in repository.training for c in item.labelled_classes}
     return Teacher(
         network=network,
         path=path,
-        validation=pd.DataFrame(facts["validation"], columns=["step", "dice"]),
+        validation=pd.DataFrame(facts["validation"], columns=["step", "dice"]).astype({"dice": float}),
         best_step=facts["best_step"],
         best_dice=float("nan") if facts["best_dice"] is None else facts["best_dice"],
         seconds=facts["seconds"],
