@@ -136,7 +136,7 @@ def check_sites(folder: str | Path, progress: Callable[[str], None] | None = Non
     Errors: what cannot be read, no spacing or orientation, unknown label values, labels without or on another grid than
     their image, empty labels, a femur below its tibia or before its patella, one person in two splits or sites, one
     content twice. Warnings: implausible spacing, intensities or volumes, a class that is said to be labelled and is
-    nowhere.
+    nowhere, a folder that is no site.
 
     Args:
         progress: called with the name of each file.
@@ -145,7 +145,12 @@ def check_sites(folder: str | Path, progress: Callable[[str], None] | None = Non
         FileNotFoundError, VolumeError: see :func:`site_folders`.
     """
     report = Report()
-    for site, path in site_folders(folder).items():
+    found_sites = site_folders(folder)
+    for path in sorted(Path(folder).iterdir()) if Path(folder) not in found_sites.values() else []:
+        if path.is_dir() and path not in found_sites.values() and path.name != "hidden" and path.name[0] != ".":
+            text = f"{path}: in no layout that is known here, so it is left out. Put images in imagesTr."
+            report.findings.append(Finding("warning", text))
+    for site, path in found_sites.items():
         report.layouts[site] = readers.layout(path) or ""
         report.facts[site] = []
         try:

@@ -170,6 +170,7 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "label map as image": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", knee(4)[1]), "grey levels"),
     "negative": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", knee(4)[0] - 150), "negative"),
     "a spike": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", spike(knee(4)[0])), "brighter than the rest"),
+    "a folder that is no site": (lambda d: (d / "west" / "images").mkdir(parents=True), "west: in no layout"),
     "no labels": (lambda d: shutil.rmtree(d / "north/labelsTr"), "no labels"),
 }
 
@@ -294,7 +295,9 @@ def test_cartilage_beyond_the_grid_is_reported_and_refused_when_it_is_much(two: 
     assert 0 < share < sites.MOST_OUTSIDE
     assert f"k0_0000.nii.gz: {share:.0%} of its cartilage lies outside" in made.warnings[0].text
     assert f"{share:.0%} of its cartilage" in (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
-    with pytest.raises(VolumeError, match="of its cartilage lies outside the common grid; crop it to the joint"):
+    with pytest.raises(
+        VolumeError, match="of its cartilage lies outside the common grid; crop the volume to the joint"
+    ):
         sites.prepare_sites(two, two.parent / "out2", replace(OWN, grid_shape=(4, 16, 16)))
 
 
