@@ -6,17 +6,21 @@ import importlib
 import re
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from fedkd_utils import rules
 from fedkd_utils.__main__ import _parser
+from fedkd_utils.settings import QUICK, SETTINGS_OF_CLIENTS
 
 PROJECT = Path(__file__).resolve().parent.parent
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)$")
 # Spelled in two parts so that this file does not find itself.
 BUILD_PATHS = tuple("/" + rest for rest in ("work/main", "work/shared", "root/", "tmp/bash_jobs"))
+
+SUMMARIES = ("The course in one page", "コースの概要（日本語）")
 
 
 def pins_of_pyproject(text: str) -> dict[str, str]:
@@ -155,6 +159,42 @@ def test_the_guide_names_what_is_there():
 def test_a_guide_that_names_what_is_not_there_is_found(wrong):
     assert untrue(f"See `make test`, `rules.problems`, then `{wrong}`.") == [wrong]
     assert untrue(f"```bash\n{wrong}\n```") == [wrong]
+
+
+def summaries() -> tuple[str, str]:
+    """The one-page summary of the README, in English and in Japanese."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    one, other = (re.search(rf"^## {re.escape(head)}\n(.*?)^## ", text, re.M | re.S) for head in SUMMARIES)
+    assert one and other
+    return one[1], other[1]
+
+
+def facts(text: str) -> Counter[str]:
+    """Numbers, abbreviations and names that are written alike in both languages."""
+    return Counter(re.findall(r"[0-9]+|(?<![A-Za-z])(?:[A-Z]{2,}[0-9]*|T[12]|Dice|NIfTI|PyTorch|mm)(?![A-Za-z])", text))
+
+
+def test_the_summaries_say_the_same_numbers_and_names():
+    english, japanese = summaries()
+    assert facts(english) == facts(japanese)
+    assert [len(re.findall(r"^\*\*.+?\*\*", text, re.M)) for text in (english, japanese)] == [7, 7]
+    assert len(re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", japanese)) > 800
+    assert facts("4 knees, T1, HD95") != facts("5 knees, T1, HD95") != facts("5 knees, T2, HD95")
+
+
+def test_the_numbers_of_the_summaries_are_those_of_the_course():
+    wanted = [
+        (rf"{QUICK.clients} hospitals", f"病院は{QUICK.clients}施設"),
+        (f"{QUICK.client_labelled} labelled and {QUICK.client_unlabelled} unlabelled knees",)
+        + (f"ラベル付き{QUICK.client_labelled}膝とラベルなし{QUICK.client_unlabelled}膝",),
+        (f"{QUICK.repository_training} labelled knees", f"ラベル付き{QUICK.repository_training}膝"),
+        (f"{QUICK.rounds} rounds", f"{QUICK.rounds}ラウンド"),
+        (f"{len(SETTINGS_OF_CLIENTS)} settings", f"実験設定は{len(SETTINGS_OF_CLIENTS)}通り"),
+        ("2 CPU cores", "CPU 2コア"),
+    ]
+    for text, words in zip(summaries(), zip(*wanted, strict=True), strict=True):
+        flat = re.sub(r"\s+", " ", text)
+        assert all(word in flat for word in words), [word for word in words if word not in flat]
 
 
 def paths_of_a_machine(text: str) -> list[str]:
