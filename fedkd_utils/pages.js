@@ -52,8 +52,10 @@
     event.preventDefault();
     list.querySelector("a")?.click();
   });
-  list.addEventListener("click", (event) => {
-    if (event.target.closest("a")) { input.value = ""; show(); }
+  const close = () => { input.value = ""; show(); };
+  list.addEventListener("click", (event) => event.target.closest("a") && close());
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") { close(); input.focus(); }
   });
   form.hidden = false;
 })();
