@@ -18,12 +18,13 @@ TERMS = glossary.read_terms(FOLDER)
 # Terms of notebooks that are still to come, by the number of the notebook. A notebook that is there must use them.
 AHEAD = {
     "07": ("FedBN", "mean teacher", "pseudo-label", "Pareto front"),
-    "08": ("honest-but-curious", "gradient inversion", "membership inference", "secure aggregation")
-    + ("differential privacy", "epsilon and delta", "half precision", "top-k", "error feedback"),
-    "11": ("Flower", "ServerApp and ClientApp", "SuperLink and SuperNode"),
+    "08": ("honest-but-curious", "membership inference", "AUC", "gradient inversion", "secure aggregation")
+    + ("differential privacy", "Rényi divergence", "half precision", "top-k", "error feedback"),
+    "10": ("DICOM", "marginal loss"),
+    "11": ("Flower", "TLS"),
 }
-# Abbreviations that whoever knows PyTorch knows.
-KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "README", "RAM", "API", "CSV"}
+# Abbreviations that whoever knows PyTorch knows; a licence, and names of data sets that a notebook lists.
+KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
 ABBREVIATION = re.compile(r"(?<![\w-])(?:[A-Z]{2,}[0-9]*|[A-Z][0-9]+)(?![\w-])")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
 GREEK = re.compile(r"\\(alpha|beta|gamma|delta|varepsilon|epsilon|eta|lambda|mu|xi|pi|rho|sigma|tau|phi|theta|omega)\b")
