@@ -19,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 def _course(arguments: argparse.Namespace) -> None:
     from fedkd_utils import publish
 
-    page = publish.run_course(PROJECT / "notebooks", PROJECT / "build" / "course")
+    page = publish.run_course()
     print("\nComparison on the test volumes (quick profile, seed 0; every digit has the spread of one seed):\n")
     _compare(argparse.Namespace(profile="quick", setting=SETTINGS_OF_CLIENTS, row=None, seed=[0]))
     print(f"\nRead the course in a browser: {page}")
@@ -28,7 +28,27 @@ def _course(arguments: argparse.Namespace) -> None:
 def _notebooks(arguments: argparse.Namespace) -> None:
     from fedkd_utils import publish
 
-    publish.stamp_all(PROJECT / "notebooks", arguments.name)
+    publish.stamp_all(names=arguments.name)
+
+
+def _pages(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import pages
+
+    print(f"Read the course in a browser: {pages.build_committed(arguments.out)}")
+
+
+def _glossary(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import glossary, notebooks
+
+    terms = glossary.read_terms(notebooks.NOTEBOOKS)
+    books = []
+    for path in notebooks.notebooks_in(notebooks.NOTEBOOKS):
+        books.append(notebooks.read(path))
+        count = glossary.link(books[-1], terms)
+        notebooks.write(books[-1], path)
+        print(f"{path.stem:24s} {count} terms linked")
+    if unused := glossary.unused(books, terms):
+        print(f"no notebook uses: {', '.join(unused)}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -239,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     command("course", _course, "execute the course in order, write it as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
+    sub = command("pages", _pages, "write the committed notebooks as HTML pages, without executing anything")
+    sub.add_argument("--out", type=Path, help="the folder of the pages (default: build/course)")
+    command("glossary", _glossary, "link each term of the glossary where a notebook uses it first")
     sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
     sub.add_argument("what", choices=["viewer"])
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
