@@ -59,13 +59,13 @@ def to_largest(change: State, share: float) -> State:
     """
     flat = torch.cat([change[name].flatten() for name in sorted(change)])
     where = flat.abs().topk(max(int(share * len(flat)), 1)).indices
-    return {"index": where.to(torch.int32), "value": flat[where].float()}
+    return {"index": where.to(torch.int32), "value": flat[where]}
 
 
 def from_largest(packet: State, like: Mapping[str, Tensor]) -> State:
     """The numbers of :func:`to_largest`; all others are zero."""
     names = sorted(like)
-    flat = torch.zeros(sum(like[name].numel() for name in names), dtype=torch.float32)
+    flat = torch.zeros(sum(like[name].numel() for name in names), dtype=packet["value"].dtype)
     flat[packet["index"].long()] = packet["value"]
     parts = flat.split([like[name].numel() for name in names])
     return {name: part.view_as(like[name]).to(like[name].dtype) for name, part in zip(names, parts, strict=True)}

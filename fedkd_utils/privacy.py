@@ -104,8 +104,8 @@ def unmasked_sum(messages: Mapping[str, Tensor], dropped: Mapping[str, Mapping[s
 
 # ------------------------------------------------------------------------------------------------ differential privacy
 
-#: Orders of Renyi divergence among which the accountant chooses; wide, so that much and little noise find theirs.
-ORDERS = [*np.linspace(1.01, 12, 1100).tolist(), *range(13, 64), *(2**k for k in range(6, 17))]
+#: Orders of Renyi divergence among which the accountant chooses: near 1 for next to no noise, large for much of it.
+ORDERS = [*(1 + np.logspace(-4, 1, 1000)).tolist(), *range(12, 64), *(2**k for k in range(6, 17))]
 
 
 def epsilon(noise_multiplier: float, rounds: int, delta: float, sample_rate: float = 1.0) -> float:

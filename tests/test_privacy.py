@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -232,6 +233,14 @@ def test_epsilon_at_one_round_without_sampling_by_hand() -> None:
     orders = np.linspace(1.001, 200, 400_000)
     by_hand = orders / 2 + np.log1p(-1 / orders) - (np.log(1e-5) + np.log(orders)) / (orders - 1)
     assert privacy.epsilon(1.0, 1, 1e-5) == pytest.approx(by_hand.min(), rel=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.001, 0.01, 100.0])
+def test_very_little_and_very_much_noise_find_their_order(noise: float) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Opacus warns when the best order is the first or the last
+        found = privacy.epsilon(noise, 6, 1e-2)
+    assert exact_epsilon(noise, 6, 1e-2) <= found * (1 + 1e-6)
 
 
 def test_epsilon_falls_with_noise_and_sampling_and_grows_with_rounds() -> None:
