@@ -210,6 +210,8 @@ def exact_epsilon(noise: float, rounds: int, delta: float) -> float:
         tail = math.exp(min(epsilon + norm.logcdf(-mu / 2 - epsilon / mu), 0.0))
         return float(norm.cdf(mu / 2 - epsilon / mu) - tail - delta)
 
+    if excess(0.0) <= 0:
+        return 0.0
     high = 1.0
     while excess(high) > 0:
         high *= 2
