@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-State = dict[str, Tensor]
+from fedkd_utils.networks import State
 
 
 @dataclass(frozen=True)

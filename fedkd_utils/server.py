@@ -139,7 +139,8 @@ def group_step(updates: Sequence[Update], seed: int, round_number: int) -> dict[
 class Ledger:
     """One line per message: round, direction ("down" to a client, "up" to the server), client, what, bytes.
 
-    Bytes are those of the tensors. Example counts and scores, some bytes a message, are left out.
+    Bytes are those of the tensors that travel, of a compressed update its packet. Example counts and scores, some
+    bytes a message, are left out.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)
