@@ -90,7 +90,7 @@ def private_step(
     """theta <- theta + (sum_k clip(theta_k - theta, S) + z S n) / K, n ~ N(0, I): DP-FedAvg, fixed clip.
 
     (McMahan et al., ICLR 2018, arXiv 1710.06963, algorithm 1, all K clients in every round.) The clients count the
-    same, so that adding or removing one moves the sum by at most S; :func:`privacy.epsilon` says what the noise is
+    same, so that adding or removing one moves the sum by at most S; :func:`disclosure.epsilon` says what the noise is
     worth. Floating tensors, batch statistics too, get noise; integer counters stay the server's. A server that means
     it draws ``generator`` from the entropy of its machine, not from a seed.
 

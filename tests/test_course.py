@@ -18,9 +18,9 @@ from fedkd_utils import (
     clients,
     compression,
     course,
+    disclosure,
     losses,
     metrics,
-    privacy,
     server,
     teacher,
     training,
@@ -143,7 +143,7 @@ def _library(name):
         "hand_over": teacher.blend,
         "poly_learning_rate": training.poly_learning_rate,
         "volume_difference": metrics.vd,
-        "auc": privacy.auc,
+        "auc": disclosure.auc,
         "clip_change": lambda change, norm: server.clipped({"w": torch.as_tensor(change)}, norm)["w"],
         "send_largest": _send_largest,
     }[name]
@@ -182,7 +182,7 @@ def test_the_other_references_in_closed_form():
     assert EXERCISES["teacher_left"].reference([0.5, 0.5]) == pytest.approx(0.25)
     for noise, rounds in ((1.0, 9), (3.0, 4)):  # so many rounds cost what one costs
         several = EXERCISES["noise_for_rounds"].reference(noise, rounds)
-        assert privacy.epsilon(several, rounds, 1e-5) == pytest.approx(privacy.epsilon(noise, 1, 1e-5), rel=1e-9)
+        assert disclosure.epsilon(several, rounds, 1e-5) == pytest.approx(disclosure.epsilon(noise, 1, 1e-5), rel=1e-9)
     assert math.isnan(EXERCISES["dice"].reference(np.zeros(3), np.zeros(3), 1))
 
 

@@ -15,7 +15,7 @@ from scipy.optimize import brentq
 from scipy.stats import kstest, norm
 from test_federation import SITES, TINY, equal, run, state
 
-from fedkd_utils import federation, losses, networks, privacy, server
+from fedkd_utils import disclosure, federation, losses, networks, server
 from fedkd_utils.clients import FederationError, Update
 from fedkd_utils.networks import CheckpointError
 from fedkd_utils.teacher import RELEASE
@@ -30,18 +30,18 @@ NAMES = ("north", "east", "south", "west")
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8), st.lists(st.integers(0, 5), min_size=1, max_size=8))
 def test_auc_is_the_share_of_pairs(members: list[int], others: list[int]) -> None:
     pairs = [(a > b) + 0.5 * (a == b) for a in members for b in others]
-    assert privacy.auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
+    assert disclosure.auc(members, others) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_an_auc_needs_both_sides() -> None:
     with pytest.raises(ValueError, match="one member and one other"):
-        privacy.auc([], [1.0])
+        disclosure.auc([], [1.0])
 
 
 def test_case_losses_are_the_losses_of_single_volumes_and_leave_the_network_as_it_was() -> None:
     network = networks.build_network(TINY, 0).train()
     images, labels = SITES[0].labelled_images, SITES[0].labels
-    found = privacy.case_losses(network, images, labels)
+    found = disclosure.case_losses(network, images, labels)
     assert network.training
     network.eval()
     each = [losses.supervised_loss(network(images[[i]]), labels[[i]]).item() for i in range(len(images))]
@@ -57,7 +57,7 @@ def drawn(seed: int, size: int = 200) -> torch.Tensor:
 
 def masked(seeds: dict[str, dict[str, int]], values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
-        name: (privacy.to_fixed(x, len(seeds)) + privacy.mask_of(name, seeds[name], len(x))) % privacy.MODULUS
+        name: (disclosure.to_fixed(x, len(seeds)) + disclosure.mask_of(name, seeds[name], len(x))) % disclosure.MODULUS
         for name, x in values.items()
     }
 
@@ -66,24 +66,24 @@ def masked(seeds: dict[str, dict[str, int]], values: dict[str, torch.Tensor]) ->
 @given(st.integers(2, 6), st.integers(0, 1000))
 def test_masks_cancel_exactly(count: int, seed: int) -> None:
     names = [f"h{k}" for k in range(count)]
-    seeds = privacy.pair_seeds(names, seed, 1)
-    total = sum(privacy.mask_of(name, seeds[name], 50) for name in names)
-    assert bool((total % privacy.MODULUS == 0).all())
+    seeds = disclosure.pair_seeds(names, seed, 1)
+    total = sum(disclosure.mask_of(name, seeds[name], 50) for name in names)
+    assert bool((total % disclosure.MODULUS == 0).all())
 
 
 def test_the_sum_is_exact_in_fixed_point_and_within_half_a_step_of_each_number() -> None:
     values = {name: drawn(k) for k, name in enumerate(NAMES)}
-    found = privacy.unmasked_sum(masked(privacy.pair_seeds(NAMES, 0, 1), values))
+    found = disclosure.unmasked_sum(masked(disclosure.pair_seeds(NAMES, 0, 1), values))
     integers = sum((x.double() * 2**20).round() for x in values.values())  # no masks, no modulus
     assert torch.equal(found, integers / 2**20)
     assert float((found - sum(x.double() for x in values.values())).abs().max()) <= len(NAMES) * 2**-21
 
 
 def test_one_message_says_nothing_and_another_round_or_pair_has_another_mask() -> None:
-    seeds = privacy.pair_seeds(NAMES, 0, 1)
+    seeds = disclosure.pair_seeds(NAMES, 0, 1)
     message = masked(seeds, {"north": torch.zeros(20_000)})["north"]
-    assert kstest(message.numpy() / privacy.MODULUS, "uniform").pvalue > 0.001
-    other = privacy.mask_of("north", privacy.pair_seeds(NAMES, 0, 2)["north"], 20_000)
+    assert kstest(message.numpy() / disclosure.MODULUS, "uniform").pvalue > 0.001
+    other = disclosure.mask_of("north", disclosure.pair_seeds(NAMES, 0, 2)["north"], 20_000)
     assert abs(np.corrcoef(message, other)[0, 1]) < 0.03
     assert all(seeds[a][b] == seeds[b][a] for a in NAMES for b in NAMES if a != b)
     assert len({seeds[a][b] for a in NAMES for b in NAMES if a < b}) == 6
@@ -91,27 +91,27 @@ def test_one_message_says_nothing_and_another_round_or_pair_has_another_mask() -
 
 def test_who_drops_out_leaves_noise_until_the_others_hand_over_their_secrets() -> None:
     values = {name: drawn(k) for k, name in enumerate(NAMES)}
-    seeds = privacy.pair_seeds(NAMES, 0, 1)
+    seeds = disclosure.pair_seeds(NAMES, 0, 1)
     messages = masked(seeds, values)
     del messages["south"], messages["east"]
     truth = values["north"].double() + values["west"].double()
-    assert float((privacy.unmasked_sum(messages) - truth).abs().median()) > 100
+    assert float((disclosure.unmasked_sum(messages) - truth).abs().median()) > 100
     shared = {gone: {name: seeds[name][gone] for name in messages} for gone in ("south", "east")}
-    assert torch.allclose(privacy.unmasked_sum(messages, shared), truth, atol=2**-20)
+    assert torch.allclose(disclosure.unmasked_sum(messages, shared), truth, atol=2**-20)
     del shared["south"]["north"]  # one secret is missing
-    assert float((privacy.unmasked_sum(messages, shared) - truth).abs().median()) > 100
+    assert float((disclosure.unmasked_sum(messages, shared) - truth).abs().median()) > 100
 
 
 def test_numbers_that_do_not_fit_are_refused() -> None:
     largest = (2**31 - 4) / (2**20 * 4)
     whole = {name: torch.full((3,), largest, dtype=torch.float64) for name in NAMES}
-    seeds = privacy.pair_seeds(NAMES, 0, 1)
+    seeds = disclosure.pair_seeds(NAMES, 0, 1)
     for sign in (1, -1):  # the farthest sums do not wrap round
-        found = privacy.unmasked_sum(masked(seeds, {name: sign * x for name, x in whole.items()}))
+        found = disclosure.unmasked_sum(masked(seeds, {name: sign * x for name, x in whole.items()}))
         assert torch.allclose(found, torch.full((3,), sign * 4 * largest, dtype=torch.float64), atol=1e-5)
     for bad in (largest * 1.01, float("nan"), float("-inf")):
         with pytest.raises(ValueError, match="must lie within .* for 4 parties"):
-            privacy.to_fixed(torch.tensor([0.0, bad], dtype=torch.float64), 4)
+            disclosure.to_fixed(torch.tensor([0.0, bad], dtype=torch.float64), 4)
 
 
 # --- clip and noise ---------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def exact_epsilon(noise: float, rounds: int, delta: float) -> float:
 @pytest.mark.parametrize("rounds", [1, 12, 100])
 @pytest.mark.parametrize("delta", [1e-2, 1e-5])
 def test_epsilon_lies_between_the_exact_value_and_the_textbook_bound(noise: float, rounds: int, delta: float) -> None:
-    found = privacy.epsilon(noise, rounds, delta)
+    found = disclosure.epsilon(noise, rounds, delta)
     exact = exact_epsilon(noise, rounds, delta)
     rho = rounds / (2 * noise**2)  # Bun and Steinke, arXiv 1605.02065, proposition 1.3
     assert exact <= found * (1 + 1e-6)
@@ -234,24 +234,24 @@ def test_epsilon_at_one_round_without_sampling_by_hand() -> None:
     """Renyi divergence a / (2 z^2), turned into (epsilon, delta) and minimised by brute force."""
     orders = np.linspace(1.001, 200, 400_000)
     by_hand = orders / 2 + np.log1p(-1 / orders) - (np.log(1e-5) + np.log(orders)) / (orders - 1)
-    assert privacy.epsilon(1.0, 1, 1e-5) == pytest.approx(by_hand.min(), rel=1e-4)
+    assert disclosure.epsilon(1.0, 1, 1e-5) == pytest.approx(by_hand.min(), rel=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 100.0])
 def test_very_little_and_very_much_noise_find_their_order(noise: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Opacus warns when the best order is the first or the last
-        found = privacy.epsilon(noise, 6, 1e-2)
+        found = disclosure.epsilon(noise, 6, 1e-2)
     assert exact_epsilon(noise, 6, 1e-2) <= found * (1 + 1e-6)
 
 
 def test_epsilon_falls_with_noise_and_sampling_and_grows_with_rounds() -> None:
-    base = privacy.epsilon(1.0, 10, 1e-5)
-    assert privacy.epsilon(2.0, 10, 1e-5) < base < privacy.epsilon(1.0, 11, 1e-5)
-    assert privacy.epsilon(1.0, 10, 1e-5, sample_rate=0.01) < base / 5
-    assert privacy.epsilon(1.0, 10, 1e-3) < base
+    base = disclosure.epsilon(1.0, 10, 1e-5)
+    assert disclosure.epsilon(2.0, 10, 1e-5) < base < disclosure.epsilon(1.0, 11, 1e-5)
+    assert disclosure.epsilon(1.0, 10, 1e-5, sample_rate=0.01) < base / 5
+    assert disclosure.epsilon(1.0, 10, 1e-3) < base
     # a sample rate near 1 tends to no sampling
-    assert privacy.epsilon(1.0, 10, 1e-5, sample_rate=0.9999) == pytest.approx(base, rel=0.02)
+    assert disclosure.epsilon(1.0, 10, 1e-5, sample_rate=0.9999) == pytest.approx(base, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -259,4 +259,4 @@ def test_epsilon_falls_with_noise_and_sampling_and_grows_with_rounds() -> None:
 )
 def test_epsilon_refuses_what_is_out_of_range(bad: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="epsilon needs"):
-        privacy.epsilon(*bad)  # type: ignore[arg-type]
+        disclosure.epsilon(*bad)  # type: ignore[arg-type]
