@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lab results notebooks demo clean
+.PHONY: help setup run pages test lab results notebooks demo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ setup: .venv/ready  ## install everything into .venv
 
 run: setup  ## make the knees, execute the course in order, write it as HTML, print the comparison
 	@$(BIN)/python -m fedkd_utils course
+
+pages: setup  ## write the committed notebooks as HTML pages, without executing anything
+	@$(BIN)/python -m fedkd_utils pages
 
 test: setup  ## lint, types, unit tests, then every notebook strictly against its committed outputs
 	$(BIN)/ruff check .

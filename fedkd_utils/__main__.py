@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, cache_folder
+from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, any_contrast, cache_folder
 
-#: How much longer than the repository's teacher one of random contrasts is trained.
-ANY_CONTRAST = 3
+if TYPE_CHECKING:
+    from fedkd_utils.experiments import Result
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -18,7 +19,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 def _course(arguments: argparse.Namespace) -> None:
     from fedkd_utils import publish
 
-    page = publish.run_course(PROJECT / "notebooks", PROJECT / "build" / "course")
+    page = publish.run_course()
     print("\nComparison on the test volumes (quick profile, seed 0; every digit has the spread of one seed):\n")
     _compare(argparse.Namespace(profile="quick", setting=SETTINGS_OF_CLIENTS, row=None, seed=[0]))
     print(f"\nRead the course in a browser: {page}")
@@ -27,7 +28,27 @@ def _course(arguments: argparse.Namespace) -> None:
 def _notebooks(arguments: argparse.Namespace) -> None:
     from fedkd_utils import publish
 
-    publish.stamp_all(PROJECT / "notebooks", arguments.name)
+    publish.stamp_all(names=arguments.name)
+
+
+def _pages(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import pages
+
+    print(f"Read the course in a browser: {pages.build_committed(arguments.out)}")
+
+
+def _glossary(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import glossary, notebooks
+
+    terms = glossary.read_terms(notebooks.NOTEBOOKS)
+    books = []
+    for path in notebooks.notebooks_in(notebooks.NOTEBOOKS):
+        books.append(notebooks.read(path))
+        count = glossary.link(books[-1], terms)
+        notebooks.write(books[-1], path)
+        print(f"{path.stem:24s} {count} terms linked")
+    if unused := glossary.unused(books, terms):
+        print(f"no notebook uses: {', '.join(unused)}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -71,13 +92,69 @@ def _compare(arguments: argparse.Namespace) -> None:
             sites = experiments.load_clients(shares.share(cohort, settings, seed), settings)
             for row in arguments.row or COURSE_ROWS:
                 results.append(experiments.run_row(row, setting, seed, settings, sites=sites))
+    _print_comparison(results)
+
+
+def _print_comparison(results: list[Result]) -> None:
+    from fedkd_utils import experiments
+
     table = experiments.comparison_table(results)
     print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from fedkd_utils import sites
+
+    report = sites.check_sites(arguments.folder, _note())
+    print(report.text())
+    return 1 if report.errors else 0
+
+
+def _note() -> Callable[[str], None] | None:
+    """Says on a terminal which file is being read."""
+    return (lambda text: print(f"\r\033[K{text[:100]}", end="\r", file=sys.stderr)) if sys.stderr.isatty() else None
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import sites
+
+    made = sites.prepare_sites(arguments.folder, arguments.out, PROFILES[arguments.profile], arguments.seed, _note())
+    for name, site in made.sites.items():
+        sizes = ", ".join(f"{len(getattr(site, p))} {p}" for p in ("training", "unlabelled", "validation", "test"))
+        print(f"{name:20s} {sizes}")
+    for finding in made.warnings:
+        print(f"{finding.level}: {finding.text}")
+    print(f"written: {arguments.out}; look at {arguments.out / 'preview.html'}")
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import simulate
+
+    simulate.simulate_sites(arguments.folder, arguments.out, arguments.clients, arguments.seed, _note())
+    print(f"written: {arguments.out}; train on it with `run --sites {arguments.out}`")
+
+
+def _run_sites(arguments: argparse.Namespace) -> None:
+    from fedkd_utils import experiments, sites
+    from fedkd_utils.methods import COURSE_ROWS
+
+    settings, cohort = PROFILES[arguments.profile], sites.open_sites(arguments.sites)
+    results = []
+    for seed in arguments.seed:
+        for row in arguments.row or COURSE_ROWS:
+            one = experiments.run_sites(row, cohort, settings, seed, workers=arguments.workers)
+            print(f"{row}, seed {seed}: {experiments.result_folder(one)}", flush=True)
+            results.append(one)
+    _print_comparison(results)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from fedkd_utils import runner
 
+    if arguments.sites is not None:
+        return _run_sites(arguments)
+    if arguments.row:
+        raise ValueError("--row belongs to --sites: choose points of a grid with --only.")
     settings = PROFILES[arguments.profile]
     folder = runner.results_folder(PROJECT, settings)
     points = runner.points_of(arguments.grid, settings, folder, arguments.seed)
@@ -125,23 +202,25 @@ def _results(arguments: argparse.Namespace) -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, live, networks, segment, teacher
+    from fedkd_utils import cohorts, experiments, live, networks, segment, teacher
 
-    settings = PROFILES[arguments.profile]
     segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
     if arguments.checkpoint:
-        network = networks.build_network(settings, 0)
-        state, _ = networks.load_checkpoint(arguments.checkpoint)
-        networks.load_state(network, state, str(arguments.checkpoint))
+        network, settings = experiments.open_model(arguments.checkpoint, arguments.client)
     else:
-        scanner = "repository_dess"
-        if arguments.contrast == "any":  # every contrast at once takes longer to learn
-            scanner, settings = "random", replace(settings, teacher_steps=ANY_CONTRAST * settings.teacher_steps)
-        site = cohorts.make_repository(settings, scanner)
+        settings = PROFILES[arguments.profile]
+        if arguments.contrast == "any":
+            settings = any_contrast(settings)
+        site = cohorts.make_repository(settings, settings.teacher_contrast)
         with live.progress_bar(settings.teacher_steps, "teacher") as advance:
             network = teacher.teacher_on(site, settings, progress=advance).network
-    result = segment.segment_volume(arguments.volume, network, settings, arguments.out)
+    result = segment.segment_volume(
+        arguments.volume, network, settings, arguments.out, locate=True, progress=sys.stderr.isatty()
+    )
     print(result.report())
+    if arguments.table:
+        networks.write_atomically(arguments.table, result.table().to_csv(index=False).encode())
+        print(f"table: {arguments.table}")
     if arguments.preview:
         segment.preview(arguments.volume, result.path, arguments.preview)
         print(f"preview: {arguments.preview}")
@@ -180,6 +259,9 @@ def _parser() -> argparse.ArgumentParser:
     command("course", _course, "execute the course in order, write it as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
+    sub = command("pages", _pages, "write the committed notebooks as HTML pages, without executing anything")
+    sub.add_argument("--out", type=Path, help="the folder of the pages (default: build/course)")
+    command("glossary", _glossary, "link each term of the glossary where a notebook uses it first")
     sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
     sub.add_argument("what", choices=["viewer"])
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
@@ -209,18 +291,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
     sub.add_argument("--again", action="store_true", help="make stale results again")
     sub.add_argument("--list", action="store_true", help="only name the points")
+    sub.add_argument(
+        "--sites", type=Path, help="instead of a grid: rows on your own sites, one folder each in this one"
+    )
+    sub.add_argument("--row", nargs="+", help="with --sites: the rows (default: those of the course)")
     sub = command(
         "seconds", _seconds, "measure what a round of each row costs a client; leave the machine alone meanwhile"
     )
     profile(sub)
+    sub = command("check", _check, "inspect your own sites, one folder each; exit code 1 when something must be mended")
+    sub.add_argument("folder", type=Path)
+    sub = command("prepare", _prepare, "bring your own sites to the common grid, with splits and a preview page")
+    profile(sub)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("out", type=Path, help="a new folder")
+    sub.add_argument("--seed", type=int, default=0, help="of the splits, where the set names none")
+    sub = command("simulate", _simulate, "make images for your own label maps of bones and cartilages, as sites")
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("out", type=Path, help="a new folder")
+    sub.add_argument("--clients", type=int, default=4, help="hospitals besides the repository (default: 4)")
+    sub.add_argument("--seed", type=int, default=0, help="of who is where")
     sub = command("results", _results, "say what is done, stale and missing, and print the differences")
     profile(sub)
     sub.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    sub = command("segment", _segment, "segment a knee of your own (NIfTI, any orientation and spacing)")
+    sub = command("segment", _segment, "segment a knee of your own (NIfTI or the folder of a DICOM series)")
     profile(sub)
     sub.add_argument("volume", type=Path)
     sub.add_argument("--out", type=Path, help="the label to write (default: beside you, named after the volume)")
-    sub.add_argument("--checkpoint", type=Path, help="a safetensors file (default: see --contrast)")
+    sub.add_argument(
+        "--checkpoint", type=Path, help="a teacher, or the model.safetensors of a run (default: a teacher)"
+    )
+    sub.add_argument("--client", help="with the checkpoint of a run in which every client has a model: whose")
     sub.add_argument(
         "--contrast",
         choices=["dess", "any"],
@@ -228,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
         help="teacher trained on DESS, or on random contrasts (default: any)",
     )
     sub.add_argument("--preview", type=Path, help="also write a picture (PNG)")
+    sub.add_argument("--table", type=Path, help="also write volumes and mean thickness (CSV)")
     command("demo", _demo, "write data/demo again, with the picture of the README")
     return parser
 
@@ -236,14 +338,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; an error a person can mend is one line, not a traceback."""
     chosen = _parser().parse_args(arguments)
     try:
-        chosen.run(chosen)
+        return chosen.run(chosen) or 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nStopped. What was finished is kept in {cache_folder()}; the same command goes on from there.")
         return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -322,22 +322,41 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
         image, label and affine in the scanner's array orientation; equal for equal arguments, bit for bit.
     """
     rng, sequence, pose = begin_scan(knee.subject_seed, scanner, scan_seed)
-    subject = np.random.default_rng([0x54495353, knee.subject_seed])
-    randomised = scanner.sequence is None
+    tissue = tissue_map(knee, *fine_lattice(scanner), pose)
+    return scan_tissue(tissue, scanner, knee.subject_seed, knee.side, sequence, rng)
 
-    # Sub-voxels: about 1 mm across slices, 0.6 mm in the plane, so that thick slices blur what they cut obliquely.
-    sub = [max(round(s / t), 1) for s, t in zip(scanner.spacing_mm, (1.0, 0.55, 0.55), strict=True)]
-    fine_shape = (
-        scanner.shape[0] * sub[0],
-        scanner.shape[1] * sub[1],
-        scanner.shape[2] * sub[2],
-    )
-    fine_mm = (
-        scanner.spacing_mm[0] / sub[0],
-        scanner.spacing_mm[1] / sub[1],
-        scanner.spacing_mm[2] / sub[2],
-    )
-    tissue = tissue_map(knee, fine_shape, fine_mm, pose)
+
+def fine_lattice(scanner: Scanner) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
+    """Shape and spacing (mm) of the sub-voxels on which tissue is scanned, so that thick slices blur what they cut.
+
+    About 1 mm across slices, 0.6 mm in the plane.
+    """
+    a, b, c = _sub_voxels(scanner)
+    (x, y, z), (dx, dy, dz) = scanner.shape, scanner.spacing_mm
+    return (x * a, y * b, z * c), (dx / a, dy / b, dz / c)
+
+
+def _sub_voxels(scanner: Scanner) -> list[int]:
+    return [max(round(s / t), 1) for s, t in zip(scanner.spacing_mm, (1.0, 0.55, 0.55), strict=True)]
+
+
+def scan_tissue(
+    tissue: NDArray[np.uint8],
+    scanner: Scanner,
+    subject_seed: int,
+    side: str,
+    sequence: Sequence,
+    rng: np.random.Generator,
+) -> Scan:
+    """Scan a map of tissue codes, of whatever anatomy; sequence and generator are those of :func:`begin_scan`.
+
+    Args:
+        tissue: codes of ``anatomy.TISSUES`` on :func:`fine_lattice`, in RAS order.
+    """
+    sub = _sub_voxels(scanner)
+    fine_shape, fine_mm = fine_lattice(scanner)
+    subject = np.random.default_rng([0x54495353, subject_seed])
+    randomised = scanner.sequence is None
 
     spread = np.array([0.06, 0.08, 0.10]) * (2.0 if randomised else 1.0)
     jitter = np.exp(subject.normal(0, 1, (len(TISSUE_MR), 3)) * spread)
@@ -397,7 +416,7 @@ def scan_knee(knee: Knee, scanner: Scanner, scan_seed: int) -> Scan:
         image=np.ascontiguousarray(nib.orientations.apply_orientation(image.numpy().astype(np.float32), turn)),
         label=np.ascontiguousarray(nib.orientations.apply_orientation(voted.numpy(), turn)),
         affine=affine,
-        side=knee.side,
+        side=side,
         sequence=sequence,
     )
 

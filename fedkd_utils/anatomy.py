@@ -387,6 +387,14 @@ class Pose:
     angles_deg: tuple[float, float, float] = (0.0, 0.0, 0.0)
     offset_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
+    def rotations(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """The rotations about x, y and z, (3, 3) each; the first is applied first."""
+        ax, ay, az = np.deg2rad(self.angles_deg)
+        rx = np.array([[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]])
+        ry = np.array([[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]])
+        rz = np.array([[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]])
+        return rx, ry, rz
+
 
 #: The centre of a scan in the anatomical frame (mm): between the condyles, a little above the joint line.
 SCAN_CENTRE_MM = (0.0, 5.0, 20.0)
@@ -420,10 +428,7 @@ def tissue_map(
     step = np.array([e / (n - 1) if n > 1 else 1.0 for e, n in zip(extent, nodes, strict=True)])
     grid = np.meshgrid(*[a.astype(np.float32) for a in axes], indexing="ij")
 
-    ax, ay, az = np.deg2rad(pose.angles_deg)
-    rx = np.array([[1, 0, 0], [0, np.cos(ax), -np.sin(ax)], [0, np.sin(ax), np.cos(ax)]])
-    ry = np.array([[np.cos(ay), 0, np.sin(ay)], [0, 1, 0], [-np.sin(ay), 0, np.cos(ay)]])
-    rz = np.array([[np.cos(az), -np.sin(az), 0], [np.sin(az), np.cos(az), 0], [0, 0, 1]])
+    rx, ry, rz = pose.rotations()
     mirror = np.diag([-1.0 if knee.side == "left" else 1.0, 1.0, 1.0])
     m = np.diag(1 / knee.size) @ mirror @ rz @ ry @ rx
     offset = np.diag(1 / knee.size) @ mirror @ np.asarray(pose.offset_mm)

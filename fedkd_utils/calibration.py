@@ -87,3 +87,45 @@ def local_thickness(cartilage: NDArray[np.bool_], bone: NDArray[np.bool_], spaci
     if margin.any():
         inside = free & (ndimage.distance_transform_edt(~margin, sampling=spacing_mm) > _MARGIN_MM)
     return np.asarray(to_bone[inside], dtype=np.float64)
+
+
+#: On the middle sheet of a layer the nearest points of both faces lie on opposite sides, so the distance has (next to)
+#: no slope; elsewhere its slope is 1, and about 0.7 where a rim is bisected. Between the two lies the limit.
+_MIDDLE_SLOPE = 0.6
+
+#: Stairs in a face look like middles of thin layers: left out is what is much thinner than the layer within 1 mm.
+_STAIRS = 0.6
+
+
+def sheet_thickness_mm(mask: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> float:
+    """The mean thickness of a layer without knowing its bone: twice the distance to the outside on its middle sheet.
+
+    Voxels are halved along every axis first (quartered along one of at least one and a half times the shortest), their
+    faces smoothed by linear interpolation: a layer of any number of voxels then has a middle between two of them, and a
+    plate along the axes is measured exactly. Tilted plates and half shells of 1.5 to 4 mm come out up to 10 % too
+    thin at the spacing of DESS; with slices of 3 mm it may be 15 % either way.
+
+    Args:
+        mask: (X, Y, Z) of one cartilage.
+
+    Returns:
+        mm; NaN of an empty mask.
+    """
+    if not mask.any():
+        return float("nan")
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    cuts = [4 if step >= 1.5 * min(spacing_mm) else 2 for step in spacing_mm]
+    coarse = np.pad(mask[box], 1).astype(np.float32)
+    part = ndimage.zoom(coarse, cuts, order=1, grid_mode=True, mode="grid-constant") > 0.5
+    if not part.any():  # a single voxel loses its corners
+        part = coarse.repeat(cuts[0], 0).repeat(cuts[1], 1).repeat(cuts[2], 2) > 0.5
+    steps = [step / cut for step, cut in zip(spacing_mm, cuts, strict=True)]
+    distance = ndimage.distance_transform_edt(part, sampling=steps).astype(np.float32)
+    slope = np.zeros(part.shape, np.float32)
+    for axis, step in enumerate(steps):
+        slope += np.gradient(distance, step, axis=axis) ** 2
+    around = ndimage.maximum_filter(distance, size=[2 * int(1 / step) + 1 for step in steps])
+    middle = part & (slope < _MIDDLE_SLOPE**2) & (distance >= _STAIRS * around)
+    if not middle.any():
+        middle = distance == distance.max()
+    return 2 * float(distance[middle].mean())

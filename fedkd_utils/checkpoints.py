@@ -63,6 +63,7 @@ def fingerprint(
     teacher: TappedNetwork | None,
     seed: int,
     teacher_update: TeacherUpdate,
+    teacher_classes: tuple[int, ...] | None = None,
 ) -> str:
     """A hash of all that moves a number of a run; a checkpoint of another one is refused."""
     data = {}
@@ -80,6 +81,7 @@ def fingerprint(
         "seed": seed,
         "teacher_update": dataclasses.asdict(teacher_update),
         "code": code_hash(FEDERATION_CODE),
+        "classes": [teacher_classes, *[site.classes_by_volume for site in sites]],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

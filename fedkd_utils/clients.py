@@ -63,6 +63,7 @@ class Update:
     metrics: dict[str, float]  # means over the round's steps, seconds, data_seconds, cpu_seconds (of all), steps
     teacher_state: State | None = None  # only when the teacher travels too (the released code)
     kept: State = field(default_factory=dict)  # what the client keeps for its next round; it never travels
+    class_shares: dict[int, float] = field(default_factory=dict)  # see SiteData.class_shares; empty: all are drawn
     packet: State | None = None  # what travels in the place of ``state`` when updates are compressed
 
 
@@ -94,13 +95,22 @@ def check_site(site: SiteData, method: Method) -> None:
 
 
 def signals_for(
-    teacher: TappedNetwork, site: SiteData, settings: Settings, seed: int, progress: Progress | None = None
+    teacher: TappedNetwork,
+    site: SiteData,
+    settings: Settings,
+    seed: int,
+    progress: Progress | None = None,
+    classes: tuple[int, ...] | None = None,
 ) -> TeacherSignals:
-    """The teacher's signals on a client's unlabelled volumes, with one seed per run, client and volume."""
+    """The teacher's signals on a client's unlabelled volumes, with one seed per run, client and volume.
+
+    ``classes`` are those that the teacher was taught, None means all; what both it and the client know is compared.
+    """
     seeds = [seed_of(seed, "signals", site.name, index) for index in range(len(site.unlabelled_images))]
     passes = settings.teacher_passes if settings.response_weight else 0  # else nobody asks how sure it is
-    signals = teacher_signals(teacher, site.unlabelled_images, passes, seeds, progress)
-    return replace(signals, trust=agreement(teacher, site.labelled_images, site.labels, site.labelled_classes))
+    signals = teacher_signals(teacher, site.unlabelled_images, passes, seeds, progress, classes)
+    both = [tuple(c for c in own if classes is None or c in classes) for own in site.classes_by_volume]
+    return replace(signals, trust=agreement(teacher, site.labelled_images, site.labels, both))
 
 
 def local_names(method: Method, network: TappedNetwork) -> frozenset[str]:
@@ -141,6 +151,7 @@ def client_update(
     signals: TeacherSignals | None = None,
     kept: Mapping[str, Tensor] | None = None,
     teacher_update: TeacherUpdate = FROZEN,
+    teacher_classes: tuple[int, ...] | None = None,
     augmentation: Augmentation | None = transforms.augment,
     make_optimiser: MakeOptimiser = adamw,
     progress: Progress | None = None,
@@ -159,6 +170,7 @@ def client_update(
         seed: of the run.
         teacher: needed by rows that distil, when ``signals`` are not given or the teacher follows the student.
         signals: of this teacher for this client (:func:`signals_for`); computed here when not given.
+        teacher_classes: those that the teacher was taught; None: all.
         kept: ``Update.kept`` of this client's last round, nothing in the first: the mean teacher, FedBN's layers, or
             what compression has not delivered yet.
         progress: gets :func:`steps_per_round` steps.
@@ -187,12 +199,18 @@ def client_update(
     total, before = settings.rounds * per_round, (round_number - 1) * per_round
     own_seed = seed_of(seed, "client", site.name, round_number)
     labelled = LabelledBatches(
-        site.labelled_images, site.labels, settings.batch_labelled, per_round, own_seed, augmentation
+        site.labelled_images,
+        site.labels,
+        settings.batch_labelled,
+        per_round,
+        own_seed,
+        augmentation,
+        site.classes_by_volume,
     )
     order: Tensor | None = None
     if method.needs_unlabelled:
         if method.distils and teacher is not None and signals is None:
-            signals = signals_for(teacher, site, settings, seed)
+            signals = signals_for(teacher, site, settings, seed, classes=teacher_classes)
         count = len(site.unlabelled_images)
         order = draw_batches(count, settings.batch_unlabelled, per_round, generator_of(own_seed, "unlabelled"))
     teacher_state = copy_state(teacher) if moving and teacher is not None else None
@@ -206,7 +224,7 @@ def client_update(
     def batch(step: int) -> Batch:
         images, labels = labelled(step - before)
         drawn = seed_of(own_seed, "objective", step)
-        plain = Batch(images, labels, site.labelled_classes, received=received, seed=drawn)
+        plain = Batch(images, labels, labelled.classes_of(step - before) or (), received=received, seed=drawn)
         if order is None:
             return plain
         chosen = order[step - before]
@@ -246,7 +264,7 @@ def client_update(
             teacher_state = blend(teacher_state, copy_state(network), rate)
             moved = build_network(settings, 0).eval()
             load_state(moved, teacher_state)
-            signals = signals_for(moved, site, settings, seed)
+            signals = signals_for(moved, site, settings, seed, classes=teacher_classes)
     parts = {name: float(np.mean([step[name] for step in log.steps])) for name in log.steps[0] if name != "step"}
     times = {
         "seconds": log.seconds,
@@ -265,7 +283,7 @@ def client_update(
         missing = {name.removeprefix("missing/"): t for name, t in kept.items() if name.startswith("missing/")}
         packet, shared, missing = compress(shared, global_state, missing, codec_named(settings.compression))
         keeps |= {f"missing/{name}": tensor for name, tensor in missing.items()}
-    return Update(site.name, shared, site.examples, parts | times, teacher_state, keeps, packet)
+    return Update(site.name, shared, site.examples, parts | times, teacher_state, keeps, site.class_shares, packet)
 
 
 def _taught(batch: Batch, signals: TeacherSignals, method: Method) -> Batch:
@@ -275,5 +293,6 @@ def _taught(batch: Batch, signals: TeacherSignals, method: Method) -> Batch:
         teacher_probabilities=signals.probabilities,
         teacher_entropy=signals.entropy,
         teacher_features=signals.features,
+        teacher_classes=signals.classes,
         trust=signals.trust if method.weighs_trust else 1.0,
     )

@@ -512,10 +512,11 @@ def _number(folder: Path, name: str) -> int:
 def open_site(folder: str | Path) -> Site:
     """Open any folder in the Decathlon or nnU-Net layout.
 
-    ``dataset.json`` may name ``validation`` cases, the ``labelled_classes`` and the ``subjects`` (file name -> number);
-    without it every labelled volume of ``imagesTr`` is training data, all cartilages count as labelled, and every
-    volume as a subject of its own. An image in ``imagesTr`` without a label is unlabelled; one in ``imagesTs`` without
-    a label cannot be scored and is left out.
+    ``dataset.json`` may name ``validation`` cases, the ``labelled_classes`` (a list for the site, or file name -> list
+    where volumes differ; a volume that is not named has all) and the ``subjects`` (file name -> number). Without it
+    every labelled volume of ``imagesTr`` is training data, all cartilages count as labelled, and every volume as a
+    subject of its own. An image in ``imagesTr`` without a label is unlabelled; one in ``imagesTs`` without a label
+    cannot be scored and is left out.
 
     Raises:
         CohortError: no volume, a label without an image, an unreadable ``dataset.json``, or one that lists a file
@@ -542,21 +543,25 @@ def open_site(folder: str | Path) -> Site:
     for name in images.keys() & tests.keys():
         raise CohortError(f"{tests[name]}: also in imagesTr. Keep a volume for training or for test, not for both.")
     try:
-        classes = tuple(int(c) for c in facts.get("labelled_classes", CARTILAGES))
+        drawn = facts.get("labelled_classes", CARTILAGES)
+        by_name = {_bare(Path(name).name): own for name, own in drawn.items()} if isinstance(drawn, dict) else {}
+        classes_of = {name: tuple(int(c) for c in own) for name, own in by_name.items()}
+        classes = CARTILAGES if isinstance(drawn, dict) else tuple(int(c) for c in drawn)
         subjects = {_bare(Path(name).name): int(number) for name, number in facts.get("subjects", {}).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise CohortError(
             f"{described}: labelled_classes must be a list of numbers, subjects file name -> number ({error})."
         ) from error
-    if not classes or not set(classes) <= set(CARTILAGES):
-        raise CohortError(f"{described}: labelled_classes is {list(classes)}. Use some of {list(CARTILAGES)}.")
+    for own in (classes, *classes_of.values()):
+        if not own or not set(own) <= set(CARTILAGES):
+            raise CohortError(f"{described}: labelled_classes is {list(own)}. Use some of {list(CARTILAGES)}.")
     validating = {
         _bare(Path(str(e.get("image", "") if isinstance(e, dict) else e)).name) for e in facts.get("validation", [])
     }
 
     def item(name: str, image: Path, label: Path | None) -> Item:
         number = subjects[name] if name in subjects else _number(folder, name)
-        return Item(name, number, image, label, classes)
+        return Item(name, number, image, label, classes_of.get(name, classes))
 
     labelled = {n: item(n, p, labels[n]) for n, p in images.items() if n in labels}
     return Site(
@@ -592,18 +597,21 @@ def _content(path: Path) -> str:
 def assert_no_leakage(cohort: Cohort) -> None:
     """No subject in two sites or splits, and no image content twice.
 
+    A subject may be scanned twice in one split; unlabelled volumes are training data, too.
+
     Raises:
         CohortError: names both places.
     """
-    seen: dict[object, str] = {}
+    seen: dict[tuple[str, object], tuple[object, str]] = {}
     for site in (cohort.repository, *cohort.clients):
         for split in ("training", "unlabelled", "validation", "test"):
             for item in getattr(site, split):
-                place = f"{site.name} {split} ({item.image})"
+                words = f"{site.name} {split} ({item.image})"
+                place = (site.name, "training" if split == "unlabelled" else split)
                 for key in (("subject", item.subject), ("content", _content(item.image))):
-                    if key in seen:
-                        raise CohortError(f"the same {key[0]} twice: {seen[key]} and {place}. Keep one of them.")
-                    seen[key] = place
+                    there, other = seen.setdefault(key, (place, words))
+                    if other != words and (key[0] == "content" or there != place):
+                        raise CohortError(f"the same {key[0]} twice: {other} and {words}. Keep one of them.")
 
 
 # --- the committed demonstration ------------------------------------------------------------

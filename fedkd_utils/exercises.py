@@ -79,31 +79,6 @@ def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1)
 
 
-_scores = _rng.normal(0.8, 0.05, (5, 16))
-_course = [0.42, 0.55, 0.61, 0.60, 0.66]
-_rows = (np.array([0.90, 0.70, 0.80, 0.80, 0.75, 0.78]), np.array([20.0, 3.0, 7.0, 5.0, 9.0, 12.0]))  # Dice, cost
-
-
-def _first_at(dice: Sequence[float], seconds: Sequence[float], target: float) -> float:
-    for i, value in enumerate(dice):
-        if value >= target:
-            return float(sum(seconds[: i + 1]))
-    return math.inf
-
-
-def _on_front(dice: Any, cost: Any) -> Any:
-    beaten = (dice[None] >= dice[:, None]) & (cost[None] <= cost[:, None])  # [i, j]: j is as good and as cheap as i
-    better = beaten & ((dice[None] > dice[:, None]) | (cost[None] < cost[:, None]))
-    return ~better.any(axis=1)
-
-
-def _above_neighbour(dice: Any, cost: Any) -> Any:
-    order = np.argsort(cost)
-    out = np.ones(len(dice), bool)
-    out[order[1:]] = np.diff(dice[order]) > 0
-    return out
-
-
 def _pairs_won(members: Any, others: Any, tie: float = 0.5) -> float:
     members, others = np.asarray(members)[:, None], np.asarray(others)[None]
     return float(((members > others) + tie * (members == others)).mean())
@@ -130,6 +105,7 @@ def _with_feedback(change: Any, missing: Any, k: int) -> dict[str, Any]:
 _change, _missing = _rng.normal(size=12), _rng.normal(size=12)
 _peaked = (4 * _logits).softmax(dim=1)
 _wide = 300 * _logits
+_shares = _peaked[0].numpy()  # (C, D, H, W)
 
 EXERCISES: dict[str, Exercise] = {
     "spacing_from_affine": Exercise(
@@ -340,44 +316,34 @@ EXERCISES: dict[str, Exercise] = {
             "every client gets its own copy.": lambda b, r, c: 2 * r * b - b,
         },
     ),
-    "crossed_resample": Exercise(
-        lambda table, seeds, subjects: float(table[seeds][:, subjects].mean()),
-        [
-            (_scores, np.array([0, 0, 2, 3, 3]), _rng.integers(0, 16, 16)),
-            (_scores[:, :5], np.array([4, 1, 1, 0, 2]), np.array([0, 2, 2, 3, 1])),
-        ],
+    "fold_unknown": Exercise(
+        lambda p, known: np.concatenate([1 - p[list(known)].sum(axis=0, keepdims=True), p[list(known)]]),
+        [(_shares, [1, 2]), (_shares, [2]), (_shares, [1, 2, 3])],
         {
-            "the seeds have to be drawn as well.": lambda t, a, b: float(t[:, b].mean()),
-            "the subjects have to be drawn as well.": lambda t, a, b: float(t[a].mean()),
-            "that pairs the first seed with the first subject and so on; every drawn seed meets every drawn subject.": (
-                lambda t, a, b: float(np.mean([t[x, y] for x, y in zip(a, b, strict=False)]))
+            "what is unknown may be background or not: its probability belongs to the first entry.": lambda p, known: p[
+                [0, *known]
+            ],
+            "the unknown classes are not impossible: add their probabilities, do not divide them away.": (
+                lambda p, known: p[[0, *known]] / p[[0, *known]].sum(axis=0)
+            ),
+            "the background comes first, and then the known classes.": lambda p, known: np.concatenate(
+                [p[list(known)], 1 - p[list(known)].sum(axis=0, keepdims=True)]
             ),
         },
     ),
-    "seconds_to_reach": Exercise(
-        _first_at,
-        [(_course, [3.0, 2.0, 2.0, 2.0, 2.0], 0.6), (_course, [3.0] * 5, 0.4), (_course, [3.0] * 5, 0.7)],
+    "world_mm": Exercise(
+        lambda affine, index: affine[:3, :3] @ np.asarray(index) + affine[:3, 3],
+        [(_affine, (0, 0, 0)), (_affine, (5, 2, 7))],
         {
-            "a run that never gets there takes longer than any that does: infinity.": lambda d, s, t: (
-                float(sum(s)) if math.isinf(found := _first_at(d, s, t)) else found
+            "index 0 is not at the origin of the scanner: the last column says where it is.": lambda a, i: (
+                a[:3, :3] @ np.asarray(i)
             ),
-            "the rounds before it took time too.": lambda d, s, t: (
-                s[next(i for i, v in enumerate(d) if v >= t)] if max(d) >= t else math.inf
+            "a step along an index is a column of the affine, not a row.": lambda a, i: (
+                a[:3, :3].T @ np.asarray(i) + a[:3, 3]
             ),
-            "the first round that reaches the target, not the best one.": lambda d, s, t: (
-                float(sum(s[: int(np.argmax(d)) + 1])) if max(d) >= t else math.inf
+            "voxel sizes alone do not say which way an axis runs.": lambda a, i: (
+                np.linalg.norm(a[:3, :3], axis=0) * np.asarray(i) + a[:3, 3]
             ),
-        },
-    ),
-    "on_front": Exercise(
-        _on_front,
-        [_rows, (_rows[0][::-1], _rows[1][::-1]), (_rows[0][:1], _rows[1][:1])],
-        {
-            "of two rows with the same Dice only the cheaper one is on the front.": lambda dice, cost: (
-                ~((dice[None] > dice[:, None]) & (cost[None] < cost[:, None])).any(axis=1)
-            ),
-            "a row is beaten by *any* row that is as good and cheaper, not only by its neighbour.": _above_neighbour,
-            "on the front is whoever is not beaten, not only the best.": lambda dice, cost: dice == dice.max(),
         },
     ),
     "auc": Exercise(
@@ -429,32 +395,6 @@ EXERCISES: dict[str, Exercise] = {
                 "sent": (sent := _largest(c + e, abs(c + e), k)),
                 "missing": c - sent,
             },
-        },
-    ),
-    "verdict": Exercise(
-        lambda low, high: 1 if low > 0 else -1 if high < 0 else 0,
-        [(0.01, 0.03), (-0.02, 0.01), (-0.05, -0.01), (0.0, 0.02), (-0.02, 0.0)],
-        {
-            "an interval with zero inside, or at its end, decides nothing.": lambda low, high: (
-                1 if low + high > 0 else -1
-            ),
-            "not to have shown it is not to have shown the opposite.": lambda low, high: 1 if low > 0 else -1,
-        },
-    ),
-    "equal_budget": Exercise(
-        lambda rounds, epochs, steps, clients: rounds * epochs * steps * clients,
-        [(12, 2, 5, 4), (3, 8, 5, 4), (30, 30, 4, 4)],
-        {
-            "every client takes its own steps.": lambda r, e, s, c: r * e * s,
-            "an epoch has several steps.": lambda r, e, s, c: r * e * c,
-        },
-    ),
-    "smallest_detectable": Exercise(
-        lambda spread, seeds: 1.96 * spread / math.sqrt(seeds),
-        [(0.02, 5), (0.05, 20), (0.01, 1)],
-        {
-            "the spread of a mean shrinks with the root of the number of seeds.": lambda s, n: 1.96 * s / n,
-            "that is the interval of one run, not of the mean of several.": lambda s, n: 1.96 * s,
         },
     ),
 }

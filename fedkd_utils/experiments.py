@@ -34,7 +34,7 @@ from fedkd_utils.networks import (
     write_atomically,
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
-from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, cache_folder
+from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder
 from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
 from fedkd_utils.training import Progress, TrainingError, evaluate_cases
 from fedkd_utils.transforms import SiteData
@@ -111,6 +111,66 @@ def run_row(
         ValueError: an unknown row.
     """
     ready = _ready(row, setting, seed, settings, root, on_disk, show_progress)
+    return _run(
+        ready,
+        row,
+        setting,
+        seed,
+        root,
+        teacher_update=teacher_update,
+        sites=sites,
+        workers=workers,
+        show_progress=show_progress,
+        keep=keep,
+    )
+
+
+def run_sites(
+    row: str,
+    cohort: cohorts.Cohort,
+    settings: Settings,
+    seed: int = 0,
+    root: Path | None = None,
+    *,
+    workers: int | None = None,
+    show_progress: bool = True,
+) -> Result:
+    """Run a row on a reader's own sites (:func:`sites.open_sites`) with all their volumes, and keep it like any run.
+
+    The teacher learns from the cohort's repository; when that is empty, from made knees of random contrasts. The pooled
+    row has the labelled volumes of all clients.
+
+    Raises:
+        ValueError: an unknown row, or sites that it cannot use.
+    """
+    method = row_named(row)
+    settings = replace(method.adapt(settings), clients=len(cohort.clients))
+    teacher = None
+    if method.needs_teacher and cohort.repository.training:
+        with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
+            teacher = teacher_on(cohort.repository, settings, seed, root, advance)
+    elif method.needs_teacher:
+        teacher = _teacher(any_contrast(settings), seed, root, show_progress)
+    if method.pooled:
+        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
+        cohort = replace(cohort, clients=tuple(replace(site, unlabelled=()) for site in cohort.clients))
+    ready = _Ready(method, settings, cohort, teacher)
+    return _run(ready, row, cohort.setting, seed, root, workers=workers, show_progress=show_progress)
+
+
+def _run(
+    ready: _Ready,
+    row: str,
+    setting: str,
+    seed: int,
+    root: Path | None,
+    *,
+    teacher_update: TeacherUpdate = FROZEN,
+    sites: Sequence[SiteData] | None = None,
+    workers: int | None = None,
+    show_progress: bool = True,
+    keep: bool = True,
+) -> Result:
     method, settings, cohort, base = ready.method, ready.settings, ready.cohort, root or cache_folder()
     network, teacher = ready.network, ready.teacher
     inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
@@ -134,6 +194,7 @@ def run_row(
             seed,
             folder,
             teacher_update=teacher_update,
+            teacher_classes=teacher.classes if teacher is not None else None,
             workers=workers,
             progress=advance,
         )
@@ -161,7 +222,7 @@ def run_row(
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
         return result
-    _save_models(folder / "model.safetensors", outcome, inputs)
+    _save_models(folder / "model.safetensors", outcome, inputs, settings)
     write_atomically(folder / "result.json", result_json(result))
     (folder / "round.safetensors").unlink(missing_ok=True)
     return result
@@ -282,6 +343,10 @@ def _inputs(
         "seed": seed,
         "settings": dataclasses.asdict(settings),
         "clients": [site.name for site in cohort.clients],
+        "classes": [item.labelled_classes for site in cohort.clients for item in site.items],
+        "splits": [
+            [len(part) for part in (site.training, site.unlabelled, site.validation)] for site in cohort.clients
+        ],
         "files": files_hash(paths),
         "teacher": state_hash(teacher.state_dict()) if teacher is not None else "",
         "teacher_update": dataclasses.asdict(teacher_update),
@@ -348,14 +413,17 @@ def _stored(folder: Path, inputs: str) -> Result | None:
     return result if result.inputs == inputs and facts.get("inputs") == inputs else None
 
 
-def _save_models(path: Path, outcome: FederationResult, inputs: str) -> None:
+def _save_models(path: Path, outcome: FederationResult, inputs: str, settings: Settings) -> None:
     """The chosen students in one file: one when all clients share it, else one per client."""
     names = sorted(outcome.models)
     first = outcome.models[names[0]]
     shared = all(outcome.models[name] is first for name in names)
     owners = names[:1] if shared else names
     tensors = {f"{i}/{name}": t for i, owner in enumerate(owners) for name, t in outcome.models[owner].items()}
-    save_checkpoint(path, tensors, {"inputs": inputs, "clients": names, "shared": shared})
+    if outcome.method.objective is None:  # the models are the teacher
+        settings = replace(settings, student_shrink=1)
+    facts = {"inputs": inputs, "clients": names, "shared": shared, "settings": dataclasses.asdict(settings)}
+    save_checkpoint(path, tensors, facts)
 
 
 def load_models(path: Path) -> dict[str, State]:
@@ -370,6 +438,33 @@ def load_models(path: Path) -> dict[str, State]:
         index, name = key.split("/", 1)
         states.setdefault(int(index), {})[name] = tensor
     return {client: states[0 if facts["shared"] else i] for i, client in enumerate(facts["clients"])}
+
+
+def open_model(path: Path, client: str | None = None) -> tuple[TappedNetwork, Settings]:
+    """The network in a teacher's file or in the ``model.safetensors`` of a run, ready to segment, and its settings.
+
+    Args:
+        client: whose model, when each client of the run has its own.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see :func:`networks.load_checkpoint`.
+        ValueError: there is a model for each client and none was named, or there is none of this name.
+    """
+    state, facts = load_checkpoint(path)
+    try:
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in facts["settings"].items()}
+        settings = Settings(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: does not say its settings ({error}). Train it again.") from error
+    names = facts.get("clients")
+    if names is None:
+        network = build_network(settings, 0)
+    else:
+        if client is None and not facts["shared"] or client is not None and client not in names:
+            raise ValueError(f"{path}: has a model for each of {', '.join(names)}. Name one of them as the client.")
+        network, state = build_student(settings, 0), load_models(path)[client or names[0]]
+    load_state(network, state, str(path))
+    return network.eval(), settings
 
 
 def result_folder(result: Result, root: Path | None = None) -> Path:

@@ -30,6 +30,7 @@ from fedkd_utils.networks import (
     build_network,
     build_student,
     check_finite,
+    class_axes,
     copy_state,
     load_state,
 )
@@ -93,6 +94,7 @@ def run_federation(
     folder: Path | None = None,
     *,
     teacher_update: TeacherUpdate = FROZEN,
+    teacher_classes: tuple[int, ...] | None = None,
     augmentation: Augmentation | None = transforms.augment,
     make_optimiser: MakeOptimiser = adamw,
     workers: int | None = None,
@@ -107,6 +109,7 @@ def run_federation(
     Args:
         folder: where the run leaves a checkpoint after each round; a run that was killed goes on from there and
             ends with the same numbers. Nothing is kept when not given.
+        teacher_classes: those that the teacher was taught (:attr:`teacher.Teacher.classes`); None: all.
         progress: gets :func:`total_progress` steps, those of finished rounds at once, in the calling thread.
 
     Raises:
@@ -123,13 +126,16 @@ def run_federation(
         assert teacher is not None
         return _use_teacher(method, sites, teacher, advance)
     path = folder / "round.safetensors" if folder is not None else None
-    mark = fingerprint(settings, row, sites, teacher if method.needs_teacher else None, seed, teacher_update)
+    told = teacher if method.needs_teacher else None
+    mark = fingerprint(settings, row, sites, told, seed, teacher_update, teacher_classes)
     run = resume(path, mark) if path is not None else None
     if run is None:
         run = _begin(settings, method, sites, teacher, seed)
     elif run.finished:
         advance(run.finished * len(sites) * steps_per_round(settings), f"round {run.finished} read from its checkpoint")
-    plan = _Plan(settings, method, sites, seed, teacher_update, augmentation, make_optimiser, workers, advance)
+    plan = _Plan(
+        settings, method, sites, seed, teacher_update, teacher_classes, augmentation, make_optimiser, workers, advance
+    )
     signals: dict[str, TeacherSignals] = {}
     while run.finished < settings.rounds:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -160,6 +166,7 @@ class _Plan:
     sites: Sequence[SiteData]  # in the order of their names
     seed: int
     teacher_update: TeacherUpdate
+    teacher_classes: tuple[int, ...] | None
     augmentation: Augmentation | None
     make_optimiser: MakeOptimiser
     workers: int | None
@@ -207,6 +214,7 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
             signals=signals.get(site.name),
             kept=run.kept.get(site.name),
             teacher_update=plan.teacher_update,
+            teacher_classes=plan.teacher_classes,
             augmentation=plan.augmentation,
             make_optimiser=plan.make_optimiser,
             progress=report,
@@ -224,7 +232,8 @@ def _look(plan: _Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals
 
     def look(site: SiteData, report: Progress) -> tuple[TeacherSignals, float]:
         start = time.thread_time()
-        return signals_for(teacher, site, plan.settings, plan.seed, report), time.thread_time() - start
+        said = signals_for(teacher, site, plan.settings, plan.seed, report, plan.teacher_classes)
+        return said, time.thread_time() - start
 
     looked = side_by_side(look, plan.sites, plan.workers, plan.advance)
     by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
@@ -248,7 +257,7 @@ def _check_run(
         check_site(site, method)
     if method.needs_teacher and teacher is None:
         raise FederationError(f"{method.title!r} needs a teacher: get one with teacher.teacher_for.")
-    _check_messages(method, method.adapt(settings), teacher_update)
+    _check_messages(method, method.adapt(settings), sites, teacher_update)
     shrunk = method.adapt(settings).student_shrink != 1
     if shrunk and (method.starts_at_teacher or (method.distils and teacher_update.kind != "frozen")):
         raise FederationError(
@@ -258,7 +267,9 @@ def _check_run(
     return method
 
 
-def _check_messages(method: Method, settings: Settings, teacher_update: TeacherUpdate) -> None:
+def _check_messages(
+    method: Method, settings: Settings, sites: Sequence[SiteData], teacher_update: TeacherUpdate
+) -> None:
     """Refuse compression and noise where they would not do what they say."""
     private = settings.clip_norm is not None
     if settings.compression is not None:
@@ -269,6 +280,11 @@ def _check_messages(method: Method, settings: Settings, teacher_update: TeacherU
         raise FederationError("noise_multiplier needs clip_norm: what is not clipped may change by any amount.")
     if private and (method.groups or teacher_update.kind == "release"):
         raise FederationError(f"{method.title!r} sends what clip_norm does not reach: groups, or a trained teacher.")
+    partial = [site.name for site in sites if site.class_shares]
+    if private and partial:
+        raise FederationError(
+            f"clip_norm counts all clients the same, but client {partial[0]} does not draw every class: leave it out."
+        )
 
 
 def _begin(
@@ -300,13 +316,14 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
             run.students[update.client] = update.state
         return
     settings = plan.settings
+    axes = class_axes(build_student(settings, 0))
     if settings.clip_norm is None:
-        run.students[""] = server_step(run.students[""], updates)
+        run.students[""] = server_step(run.students[""], updates, axes)
     else:
         noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
         run.students[""] = private_step(run.students[""], updates, settings.clip_norm, noise, drawn)
     if plan.method.groups:
-        run.students |= group_step(updates, plan.seed, number)
+        run.students |= group_step(updates, plan.seed, number, axes)
     teachers = [update.teacher_state for update in updates if update.teacher_state is not None]
     if teachers:
         run.teacher = weighted_mean(teachers, [update.n_examples for update in updates])
@@ -332,7 +349,8 @@ def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping
         own.append(line["validation"])
         times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
         run.history.append({"round": number, "client": site.name, **line, **update.metrics, **times})
-    together = float(np.mean(own))
+    known = [score for score in own if not np.isnan(score)]  # a client may have labels of nothing that can be scored
+    together = float(np.mean(known)) if known else float("nan")
     for site, alone in zip(plan.sites, own, strict=True):
         key, score = plan.model_key(site), together if plan.method.federated else alone
         if key not in run.best or is_better(score, run.scores[key]):

@@ -176,6 +176,11 @@ def _privacy(profile: Settings) -> list[Point]:
     return _points(["fedavg"], (NEAR,), [(clip,), *noises])
 
 
+def _live(profile: Settings) -> list[Point]:
+    """A piece of a run that is small enough for a notebook: FedAvg, two rounds."""
+    return _points(["fedavg"], (NEAR,), [(("rounds", 2),)])
+
+
 _BEYOND = (
     "teacher_recontrasted",
     "finetune_recontrasted",
@@ -210,16 +215,23 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "normalisation": _normalisation,
     "compression": _compression,
     "privacy": _privacy,
+    "live": _live,
 }
+
+#: In no table: what notebook 07 runs again.
+_APART = ("live",)
 
 
 def grid(name: str, profile: Settings, seeds: Sequence[int] = SEEDS) -> list[Point]:
-    """The points of a grid, or of all of them in turn; all points of a seed before the next, so any stop is balanced.
+    """The points of a grid, or of all that belong to the comparison in turn.
+
+    All points of a seed come before the next seed, so any stop is balanced.
 
     Raises:
         ValueError: an unknown grid.
     """
     if name != "all" and name not in GRIDS:
         raise ValueError(f"There is no grid {name!r}: choose all or one of {', '.join(GRIDS)}.")
-    once = [point for key, make in GRIDS.items() if name in ("all", key) for point in make(profile)]
+    chosen = [key for key in GRIDS if name == key or (name == "all" and key not in _APART)]
+    once = [point for key in chosen for point in GRIDS[key](profile)]
     return [replace(point, seed=seed) for seed in seeds for point in dict.fromkeys(once)]

@@ -13,17 +13,20 @@ docstrings, and the functions ``release_*`` keep the released form for compariso
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+#: The foreground classes that were drawn: of all volumes of a batch, or one entry per volume. None: all classes.
+LabelledClasses = Sequence[int] | Sequence[Sequence[int]] | None
+
 #: Keeps the masked mean finite when no voxel is certain (UA-MT, doi:10.1007/978-3-030-32245-8_67).
 EMPTY_MASK_GUARD = 1e-16
 
 
-def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[int] | None = None) -> Tensor:
+def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: LabelledClasses = None) -> Tensor:
     """L_sup = 1/2 CE + 1/2 (1/C) sum_c [1 - (2 sum_v p_c y_c + 1) / (sum_v p_c + sum_v y_c + 1)].
 
     The background is one of the C classes. CE is the mean over voxels; the sums of the Dice term run over the
@@ -33,7 +36,8 @@ def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[i
     ``labelled_classes`` names the foreground classes that the source of these labels drew, e.g. ``(1, 2)``
     when the patella was left out; None means all. A voxel that such a source calls background is *background
     or an unlabelled class*: the probabilities of those classes are added up and take part as one class, so
-    predicting an unlabelled cartilage is never punished.
+    predicting an unlabelled cartilage is never punished (the marginal loss of Shi et al., arXiv 2007.03868).
+    With one entry per volume, e.g. ``((1, 2, 3), (1, 2))``, every volume is judged by the classes of its own.
 
     Args:
         logits: (B, C, ...) float.
@@ -43,6 +47,10 @@ def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[i
         ValueError: shapes do not fit, a label outside 0..C-1, or a labelled class that the network does not
         have.
     """
+    groups = class_groups(labelled_classes, len(logits))
+    if len(groups) > 1:
+        return _mean_of_groups(supervised_loss, logits, labels, groups)
+    labelled_classes = groups[0][1]
     log_p, y = _log_probabilities_and_truth(logits, labels, labelled_classes)
     cross_entropy = -(log_p * y).sum() / labels.numel()
     p, y = log_p.exp().flatten(2), y.flatten(2)  # (B, C, V)
@@ -51,14 +59,52 @@ def supervised_loss(logits: Tensor, labels: Tensor, labelled_classes: Sequence[i
     return 0.5 * cross_entropy + 0.5 * dice_loss
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, labelled_classes: Sequence[int] | None = None) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, labelled_classes: LabelledClasses = None) -> Tensor:
     """CE = -mean_v ln p_y alone, with the arguments and errors of :func:`supervised_loss`."""
+    groups = class_groups(labelled_classes, len(logits))
+    if len(groups) > 1:
+        return _mean_of_groups(cross_entropy, logits, labels, groups)
+    labelled_classes = groups[0][1]
     log_p, y = _log_probabilities_and_truth(logits, labels, labelled_classes)
     return -(log_p * y).sum() / labels.numel()
 
 
+ClassGroups = list[tuple[list[int], tuple[int, ...] | None]]
+
+
+def class_groups(labelled_classes: LabelledClasses, batch: int) -> ClassGroups:
+    """The volumes of a batch by the classes that their sources drew: (numbers of the volumes, classes).
+
+    Raises:
+        ValueError: there are not as many entries as volumes.
+    """
+    everything = list(range(batch))
+    if labelled_classes is None:
+        return [(everything, None)]
+    flat = [entry for entry in labelled_classes if not isinstance(entry, Sequence)]
+    if len(flat) == len(labelled_classes):
+        return [(everything, tuple(flat))]
+    if flat or len(labelled_classes) != batch:
+        raise ValueError(
+            f"labelled_classes has {len(labelled_classes)} entries for {batch} volumes: give one for each."
+        )
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, entry in enumerate(labelled_classes):
+        assert isinstance(entry, Sequence)
+        groups.setdefault(tuple(entry), []).append(number)
+    return [(numbers, classes) for classes, numbers in groups.items()]
+
+
+def _mean_of_groups(loss: Callable[..., Tensor], logits: Tensor, labels: Tensor, groups: ClassGroups) -> Tensor:
+    """The mean over the volumes of a batch of a loss that is itself a mean over volumes."""
+    if len(labels) != len(logits):
+        raise ValueError(f"{len(labels)} label volumes do not fit {len(logits)} volumes of logits.")
+    parts = [loss(logits[rows], labels[rows], classes) * len(rows) for rows, classes in groups]
+    return torch.stack(parts).sum() / len(logits)
+
+
 def _log_probabilities_and_truth(
-    logits: Tensor, labels: Tensor, labelled_classes: Sequence[int] | None
+    logits: Tensor, labels: Tensor, labelled_classes: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor]:
     """ln p and one-hot labels, (B, C, ...) each, with unlabelled classes merged into the background."""
     if logits.ndim < 2 or labels.shape != (logits.shape[0], *logits.shape[2:]):
@@ -86,16 +132,33 @@ def _merge_unlabelled_into_background(
 ) -> tuple[Tensor, Tensor]:
     """Logits and labels with one class less for each unlabelled one: ln(sum of exp) of the merged logits."""
     n_classes = logits.shape[1]
-    labelled = sorted({int(c) for c in labelled_classes} - {0})
-    if any(c < 0 or c >= n_classes for c in labelled):
-        raise ValueError(f"labelled_classes {tuple(labelled_classes)} are not all among 0 to {n_classes - 1}.")
-    merged = [c for c in range(n_classes) if c not in labelled]  # always holds the background
+    labelled, merged = _labelled_and_merged(labelled_classes, n_classes)
     if len(merged) == 1:
         return logits, labels
     position = torch.zeros(n_classes, dtype=torch.long, device=labels.device)
     position[labelled] = torch.arange(1, len(labelled) + 1, device=labels.device)
+    return fold_logits(logits, labelled), position[labels.long()]
+
+
+def _labelled_and_merged(labelled_classes: Sequence[int], n_classes: int) -> tuple[list[int], list[int]]:
+    labelled = sorted({int(c) for c in labelled_classes} - {0})
+    if any(c < 0 or c >= n_classes for c in labelled):
+        raise ValueError(f"labelled_classes {tuple(labelled_classes)} are not all among 0 to {n_classes - 1}.")
+    return labelled, [c for c in range(n_classes) if c not in labelled]  # the latter always holds the background
+
+
+def fold_logits(logits: Tensor, known_classes: Sequence[int]) -> Tensor:
+    """Logits (B, C, ...) -> (B, 1 + known, ...): background and classes that are not known become one, ln sum exp z."""
+    labelled, merged = _labelled_and_merged(known_classes, logits.shape[1])
     background = torch.logsumexp(logits[:, merged], dim=1, keepdim=True)
-    return torch.cat([background, logits[:, labelled]], dim=1), position[labels.long()]
+    return torch.cat([background, logits[:, labelled]], dim=1)
+
+
+def fold_probabilities(probabilities: Tensor, known_classes: Sequence[int]) -> Tensor:
+    """The same for probabilities: those of the background and of the classes that are not known are added up."""
+    labelled, merged = _labelled_and_merged(known_classes, probabilities.shape[1])
+    background = probabilities[:, merged].sum(dim=1, keepdim=True)
+    return torch.cat([background, probabilities[:, labelled]], dim=1)
 
 
 def sigmoid_ramp_up(a: float, b: float) -> float:

@@ -250,6 +250,17 @@ def normalisation_names(network: nn.Module) -> frozenset[str]:
     )
 
 
+def class_axes(network: TappedNetwork) -> dict[str, int]:
+    """The tensors of the last layer, as they stand in the state, and the axis of each along which the classes lie."""
+    path, last = [
+        (path, module)
+        for path, module in network.body.named_modules()
+        if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)) and module.bias is not None
+    ][-1]
+    axis = 1 if isinstance(last, nn.ConvTranspose3d) else 0
+    return {f"body.{path}.weight": axis, f"body.{path}.bias": 0}
+
+
 def build_student(settings: Settings, seed: int) -> TappedNetwork:
     """The student: the network of the profile, ``settings.student_shrink`` times narrower.
 
@@ -387,7 +398,11 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Map
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Replace a file by new content in one step: a reader or a kill sees the old file or the new one."""
+    """Replace a file by new content in one step: a reader or a kill sees the old file or the new one.
+
+    Raises:
+        OSError: the file cannot be written; it names the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -397,8 +412,10 @@ def write_atomically(path: Path, content: bytes) -> Path:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file
+            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
         raise
     return path
 

@@ -20,12 +20,13 @@ class Batch:
 
     images: Tensor  # (B, 1, D, H, W)
     labels: Tensor  # (B, D, H, W)
-    labelled_classes: tuple[int, ...]
+    labelled_classes: tuple[int, ...] | tuple[tuple[int, ...], ...]  # of the batch, or of each of its volumes
     unlabelled: Tensor | None = None  # u (B', 1, D, H, W), clean
     teacher_probabilities: Tensor | None = None  # q (B', C, D, H, W)
     teacher_entropy: Tensor | None = None  # H (B', D, H, W), nats
     teacher_features: Tensor | None = None  # f_T (B', F, d, h, w)
     trust: float = 1.0  # multiplies what is distilled
+    teacher_classes: tuple[int, ...] | None = None  # that the teacher was taught; None: all
     received: Mapping[str, Tensor] | None = None  # the student's parameters at the start of the round
     seed: int = 0  # of every draw of the objective
 
@@ -68,7 +69,8 @@ def dual_distillation(network: TappedNetwork, batch: Batch, progress: float, set
 
     (He et al., ISBI 2023, arXiv 2303.14357.) The paper has w = 1. s_max is ``settings.response_ramp``, 1 in the
     paper: the whole run. A term without weight is left out, and without both the unlabelled pass: L = L_sup, bit by
-    bit. With beta = 0 and a teacher that is the average of the student, this is UA-MT (Yu et al., MICCAI 2019,
+    bit. Classes that the teacher was never taught are background to it, and in L_resp to the student too. With beta = 0
+    and a teacher that is the average of the student, this is UA-MT (Yu et al., MICCAI 2019,
     doi:10.1007/978-3-030-32245-8_67, equation 1).
     """
     parts = supervised(network, batch, progress, settings)
@@ -81,7 +83,13 @@ def dual_distillation(network: TappedNetwork, batch: Batch, progress: float, set
         raise ValueError(f"response_loss must be one of {', '.join(_RESPONSES)}, not {settings.response_loss!r}.")
     logits, features = network.forward_with_features(batch.unlabelled)
     mask = losses.uncertainty_mask(batch.teacher_entropy, progress, settings.mask_classes)
-    response = _RESPONSES[settings.response_loss](logits, batch.teacher_probabilities, mask)
+    q = batch.teacher_probabilities
+    if batch.teacher_classes is not None:
+        logits, q = (
+            losses.fold_logits(logits, batch.teacher_classes),
+            losses.fold_probabilities(q, batch.teacher_classes),
+        )
+    response = _RESPONSES[settings.response_loss](logits, q, mask)
     weight = batch.trust * settings.response_weight * losses.sigmoid_ramp_up(progress, settings.response_ramp)
     loss = parts["loss"] + weight * response
     parts |= {"response": response.detach(), "trusted": mask.to(logits.dtype).mean()}

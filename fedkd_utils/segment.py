@@ -12,7 +12,7 @@ contrast away from what the network knows.
 from __future__ import annotations
 
 import gzip
-import os
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,14 +20,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import torch
 from monai.inferers import sliding_window_inference
 from nibabel.spatialimages import HeaderDataError
 from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor, nn
 
-from fedkd_utils import figures, transforms
+from fedkd_utils import figures, readers, transforms
+from fedkd_utils.calibration import sheet_thickness_mm
 from fedkd_utils.metrics import keep_largest_components
 from fedkd_utils.networks import write_atomically
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
@@ -37,6 +40,9 @@ Network = Callable[[Tensor], Tensor]
 
 #: Share of a window that its neighbour sees too; MONAI weighs each window by a Gaussian round its centre.
 WINDOW_OVERLAP = 0.5
+
+#: From how many grids along some axis on the joint is looked for first, and how many are then cut out round it.
+WIDE, MARGIN = 1.6, 1.25
 
 #: Of a window, as a share of that of the whole volume: a window of nothing but air is not stretched to an image.
 LEAST_SPREAD = 0.1
@@ -67,6 +73,7 @@ class Segmentation:
     label: NDArray[np.uint8]  # (X, Y, Z), 0 background, 1 femoral, 2 tibial, 3 patellar
     affine: NDArray[np.float64]  # (4, 4), voxel -> RAS mm
     volumes_ml: dict[str, float]  # by name of the cartilage
+    thickness_mm: dict[str, float]  # mean, by name of the cartilage; NaN where none was found
     source: Path
     path: Path  # the file that was written
 
@@ -75,23 +82,41 @@ class Segmentation:
         voxels = " x ".join(str(n) for n in self.label.shape)
         size, code = _numbers(nib.affines.voxel_sizes(self.affine)), "".join(nib.aff2axcodes(self.affine))
         lines = [f"{self.source}: {voxels} voxels of {size} mm, axes {code}"]
-        lines += [f"  {name + ' cartilage':<20}{ml:6.1f} ml" for name, ml in self.volumes_ml.items()]
+        for name, ml in self.volumes_ml.items():
+            thick = self.thickness_mm[name]
+            mean = "none found" if math.isnan(thick) else f"{thick:.1f} mm thick on average"
+            lines.append(f"  {name + ' cartilage':<20}{ml:6.1f} ml  {mean}")
         return "\n".join([*lines, f"written: {self.path}"])
+
+    def table(self) -> pd.DataFrame:
+        """One line per cartilage: source, cartilage, volume_ml, mean_thickness_mm."""
+        names = list(self.volumes_ml)
+        columns = {"volume_ml": self.volumes_ml.values(), "mean_thickness_mm": self.thickness_mm.values()}
+        return pd.DataFrame({"source": str(self.source), "cartilage": names, **columns})
 
 
 def segment_volume(
-    path: str | Path, network: Network, settings: Settings, out: str | Path | None = None
+    path: str | Path,
+    network: Network,
+    settings: Settings,
+    out: str | Path | None = None,
+    *,
+    locate: bool = False,
+    progress: bool = False,
 ) -> Segmentation:
-    """Segment the knee in a NIfTI file and write the classes on the volume's own grid.
+    """Segment the knee in a NIfTI file or a folder with a DICOM series and write the classes on the volume's own grid.
 
     Without a file: ``label_volume(read_volume(path), network, settings)``.
 
     Args:
-        path: a three-dimensional ``.nii`` or ``.nii.gz``.
+        path: a three-dimensional ``.nii`` or ``.nii.gz``, or the folder of a DICOM series.
         network: (B, 1, D, H, W) z-scored -> (B, C, D, H, W) logits; a module must be in evaluation mode.
         settings: of the network: ``grid_shape`` and ``grid_spacing_mm``.
         out: the ``.nii`` or ``.nii.gz`` to write (uint8, same shape and affine), replaced in one step; without
             it ``any/knee.nii.gz`` becomes ``knee_cartilage.nii.gz`` in the current folder.
+        locate: find the joint first where the field of view is much larger than the network's, see
+            :func:`label_volume`.
+        progress: show MONAI's bar of windows on the error stream.
 
     Raises:
         FileNotFoundError: the volume, or the folder of ``out``, does not exist.
@@ -100,11 +125,13 @@ def segment_volume(
     """
     target = _checked_target(default_output(path) if out is None else Path(out), Path(path))
     volume = read_volume(path)
-    label = label_volume(volume, network, settings)
+    label = label_volume(volume, network, settings, locate=locate, progress=progress)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes = {CLASS_NAMES[c]: int(np.count_nonzero(label == c)) * voxel_ml for c in CARTILAGES}
+    spacing = transforms.voxel_sizes_mm(volume.affine)
+    thickness = {CLASS_NAMES[c]: sheet_thickness_mm(label == c, spacing) for c in CARTILAGES}
     _write_label(target, label, volume.header)
-    return Segmentation(label, volume.affine, volumes, volume.path, target)
+    return Segmentation(label, volume.affine, volumes, thickness, volume.path, target)
 
 
 def default_output(path: str | Path) -> Path:
@@ -112,8 +139,15 @@ def default_output(path: str | Path) -> Path:
     return Path(Path(path).name.removesuffix(".gz").removesuffix(".nii") + "_cartilage.nii.gz")
 
 
-def label_volume(volume: Volume, network: Network, settings: Settings) -> NDArray[np.uint8]:
-    """The classes of a volume on its own grid, (X, Y, Z) uint8, largest components kept."""
+def label_volume(
+    volume: Volume, network: Network, settings: Settings, *, locate: bool = False, progress: bool = False
+) -> NDArray[np.uint8]:
+    """The classes of a volume on its own grid, (X, Y, Z) uint8, largest components kept.
+
+    ``locate`` looks twice where the field of view reaches beyond :data:`WIDE` times the network's grid: over all of it
+    with windows that hardly overlap, and then round the place where most cartilage was seen (:func:`joint_centre`), in
+    the middle of the view as in training. What lies elsewhere is background then.
+    """
     if isinstance(network, nn.Module) and network.training:
         raise ValueError("The network is in training mode: call network.eval() before it segments.")
     spacing, least = settings.grid_spacing_mm, settings.grid_shape
@@ -121,13 +155,59 @@ def label_volume(volume: Volume, network: Network, settings: Settings) -> NDArra
     d, h, w = (max(have, want) for have, want in zip(view.shape, least, strict=True))
     if (d, h, w) != tuple(view.shape):  # fills up with the smallest value, as the training grid does
         view, grid_affine = transforms.to_grid(volume.image, volume.affine, spacing, (d, h, w))
-    probabilities = window_probabilities(view, network, settings.grid_shape)
+    if locate and any(n > WIDE * size for n, size in zip(view.shape, least, strict=True)):
+        seen = window_probabilities(view, network, least, overlap=0.25, progress=progress)
+        box = _box_round(joint_centre(seen, least), least, (d, h, w))
+        probabilities = torch.zeros_like(seen)
+        probabilities[0] = 1
+        probabilities[:, *box] = window_probabilities(view[box], network, least, progress=progress)
+    else:
+        probabilities = window_probabilities(view, network, least, progress=progress)
     x, y, z = volume.image.shape
     return keep_largest_components(transforms.from_grid(probabilities, grid_affine, (x, y, z), volume.affine))
 
 
+def joint_centre(probabilities: Tensor, window: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Where the joint is: the middle of the cartilage in that window which holds most of it, as voxel (D, H, W).
+
+    A few bright voxels anywhere do not make a joint; a window full of probable cartilage does.
+
+    Args:
+        probabilities: (C, D, H, W) of the whole field of view.
+    """
+    cartilage = (1 - probabilities[0]).clamp(min=0).numpy()
+    cartilage = np.where(cartilage > 0.2, cartilage, 0)  # else the many doubtful voxels of a large view outweigh it
+    held = ndimage.uniform_filter(cartilage, size=window, mode="constant")
+    best = np.unravel_index(int(held.argmax()), held.shape)
+    near = [slice(max(int(k) - n // 2, 0), int(k) + n // 2 + 1) for k, n in zip(best, window, strict=True)]
+    part = cartilage[tuple(near)]
+    if not part.any():
+        return probabilities.shape[1] // 2, probabilities.shape[2] // 2, probabilities.shape[3] // 2
+    d, h, w = (round(edge.start + c) for edge, c in zip(near, ndimage.center_of_mass(part), strict=True))
+    return d, h, w
+
+
+def _box_round(
+    centre: tuple[int, int, int], window: tuple[int, int, int], shape: tuple[int, int, int]
+) -> tuple[slice, slice, slice]:
+    """A box of :data:`MARGIN` windows round a place, inside the view."""
+    edges = []
+    for middle, size, n in zip(centre, window, shape, strict=True):
+        length = min(round(MARGIN * size), n)
+        start = min(max(middle - length // 2, 0), n - length)
+        edges.append(slice(start, start + length))
+    return edges[0], edges[1], edges[2]
+
+
 @torch.inference_mode()
-def window_probabilities(view: Tensor, network: Network, window: tuple[int, int, int]) -> Tensor:
+def window_probabilities(
+    view: Tensor,
+    network: Network,
+    window: tuple[int, int, int],
+    *,
+    overlap: float = WINDOW_OVERLAP,
+    progress: bool = False,
+) -> Tensor:
     """Class probabilities (C, D, H, W) of a view (D, H, W) that is at least as large as the window.
 
     Raises:
@@ -145,7 +225,13 @@ def window_probabilities(view: Tensor, network: Network, window: tuple[int, int,
         return logits.softmax(dim=1)
 
     probabilities = sliding_window_inference(
-        view[None, None], window, sw_batch_size=2, predictor=predict, overlap=WINDOW_OVERLAP, mode="gaussian"
+        view[None, None],
+        window,
+        sw_batch_size=2,
+        predictor=predict,
+        overlap=overlap,
+        mode="gaussian",
+        progress=progress,
     )
     return torch.as_tensor(probabilities)[0]
 
@@ -157,14 +243,30 @@ def z_scored(windows: Tensor, least_spread: float) -> Tensor:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a NIfTI volume and refuse what :func:`transforms.read_volume` refuses, and what only a stranger's
-    file can be: without image or orientation, with a spacing or extent that no knee has, of wrong checksum.
+    """Read a NIfTI volume or the folder of a DICOM series; refuse what :func:`transforms.read_volume` refuses.
+
+    And what only a stranger's file can be: without image or orientation, with a spacing or extent that no knee has, of
+    wrong checksum, a series that lacks a slice.
 
     Raises:
         FileNotFoundError: no such file.
         VolumeError: one line with the file, what is wrong, and the remedy.
     """
     path = Path(path)
+    if path.is_dir():
+        image, affine = readers.read_dicom(path)
+        return Volume(path, refuse_implausible(image, affine, path), affine, nib.Nifti1Image(image, affine).header)
+    header = check_header(path)
+    try:
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused
+            image, affine = transforms.read_volume(path)
+    except VolumeError as error:  # nibabel's own words may run over several lines
+        raise VolumeError(" ".join(line.strip() for line in str(error).splitlines())) from error
+    return Volume(path, refuse_implausible(image, affine, path), affine, header)
+
+
+def check_header(path: Path) -> nib.Nifti1Header:
+    """The header of a NIfTI file as it is on disk, with a spacing and an orientation; errors of :func:`read_volume`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Give the path of a .nii or .nii.gz volume.")
     if not path.name.endswith((".nii", ".nii.gz")):
@@ -181,11 +283,11 @@ def read_volume(path: str | Path) -> Volume:
             f"{path}: its header has no orientation (qform and sform code 0), so up and down are unknown. "
             "Convert the original series again."
         )
-    try:
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused
-            image, affine = transforms.read_volume(path)
-    except VolumeError as error:  # nibabel's own words may run over several lines
-        raise VolumeError(" ".join(line.strip() for line in str(error).splitlines())) from error
+    return header
+
+
+def refuse_implausible(image: NDArray[np.float32], affine: NDArray[np.float64], path: Path) -> NDArray[np.float32]:
+    """The image itself, unless it is constant or reaches over what no scan of a knee does (:class:`VolumeError`)."""
     if image.min() == image.max():
         raise VolumeError(f"{path}: all voxels are {image.min():g}, there is no image in it. Export it again.")
     extent = nib.affines.voxel_sizes(affine) * image.shape
@@ -194,21 +296,22 @@ def read_volume(path: str | Path) -> Volume:
             f"{path}: it reaches over {_numbers(extent)} mm, which no scan of a knee does. "
             "Check the spacing and its unit in the header."
         )
-    return Volume(path, image, affine, header)
+    return image
 
 
 def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
     """Draw a segmentation as all volumes of the course are drawn: twelve sagittal slices through the cartilage.
 
     Args:
-        volume: the NIfTI volume.
+        volume: the NIfTI volume, or the folder of a DICOM series.
         label: its segmentation, on the same grid.
         out: the picture to write, ``.png``.
 
     Raises:
         FileNotFoundError, VolumeError: see :func:`transforms.read_volume` and :func:`transforms.read_label`.
     """
-    stored, affine = transforms.read_volume(volume)
+    source = Path(volume)
+    stored, affine = readers.read_dicom(source) if source.is_dir() else transforms.read_volume(source)
     image, ras = transforms.to_ras(stored, affine)
     classes, _ = transforms.to_ras(transforms.read_label(label, volume, stored.shape, affine), affine)
     figure, _ = figures.montage(image, transforms.voxel_sizes_mm(ras), classes, 12, Path(volume).name)
@@ -245,16 +348,12 @@ def _checked_target(out: Path, source: Path) -> Path:
 
 
 def _write_label(out: Path, label: NDArray[np.uint8], source: nib.Nifti1Header) -> None:
-    """Write beside ``out`` and move it there; of ``source`` it takes the geometry and nothing else."""
+    """Of ``source`` it takes the geometry and nothing else."""
     header = nib.Nifti1Header()
     header.set_data_dtype(np.uint8)
     header.set_xyzt_units("mm")
     header["pixdim"][:4] = source["pixdim"][:4]
     for field in GEOMETRY:
         header[field] = source[field]
-    partial = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        nib.save(nib.Nifti1Image(label, None, header), partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = nib.Nifti1Image(label, None, header).to_bytes()
+    write_atomically(out, gzip.compress(content, 6, mtime=0) if out.name.endswith(".gz") else content)

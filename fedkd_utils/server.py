@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -14,12 +15,22 @@ from fedkd_utils.clients import FederationError, Update
 from fedkd_utils.networks import State, check_finite, check_layout, nbytes
 from fedkd_utils.seeds import generator_of
 
+#: All classes have the same weights: nothing is known of the tensors of the last layer.
+NO_CLASSES: Mapping[str, int] = MappingProxyType({})
 
-def aggregate(updates: Sequence[Update]) -> State:
+
+def aggregate(updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLASSES) -> State:
     """FedAvg (McMahan et al., arXiv 1602.05629): theta = sum_k n_k theta_k / sum_k n_k.
 
     Floating tensors, batch statistics too, are summed in float64 in the order of the clients' names, so the
     result does not depend on who answered first; integer counters are copied from the first name.
+
+    A client that draws a class in only a share of its labelled volumes has that share of its weight n_k in the
+    weights of this class in the last layer: who never saw a patella has no say in what one looks like. (Ours; where
+    all draw everything it is FedAvg, and so it is for a class that nobody draws.)
+
+    Args:
+        class_axes: the tensors of the last layer with the axis of the classes (:func:`networks.class_axes`).
 
     Raises:
         FederationError: no update, two of one client, a count below 1.
@@ -27,7 +38,15 @@ def aggregate(updates: Sequence[Update]) -> State:
     """
     ordered = sorted(updates, key=lambda update: update.client)
     _check_updates(ordered)
-    return weighted_mean([update.state for update in ordered], [update.n_examples for update in ordered])
+    counts = [update.n_examples for update in ordered]
+    averaged = weighted_mean([update.state for update in ordered], counts)
+    for c in sorted({c for update in ordered for c in update.class_shares}):
+        own = [count * update.class_shares.get(c, 1.0) for count, update in zip(counts, ordered, strict=True)]
+        if sum(own) > 0:
+            rows = [{name: u.state[name].select(axis, c) for name, axis in class_axes.items()} for u in ordered]
+            for name, row in weighted_mean(rows, own).items():
+                averaged[name].select(class_axes[name], c).copy_(row)
+    return averaged
 
 
 def _check_updates(updates: Sequence[Update]) -> None:
@@ -44,8 +63,8 @@ def _check_updates(updates: Sequence[Update]) -> None:
         check_finite(update.state, source)
 
 
-def weighted_mean(states: Sequence[Mapping[str, Tensor]], counts: Sequence[int]) -> State:
-    """The mean of states with whole-number weights, in the order given; see :func:`aggregate`."""
+def weighted_mean(states: Sequence[Mapping[str, Tensor]], counts: Sequence[float]) -> State:
+    """The mean of states with weights, in the order given; see :func:`aggregate`."""
     total = sum(counts)
     averaged = {}
     for name, first in states[0].items():
@@ -59,7 +78,9 @@ def weighted_mean(states: Sequence[Mapping[str, Tensor]], counts: Sequence[int])
     return averaged
 
 
-def server_step(global_state: Mapping[str, Tensor], updates: Sequence[Update]) -> State:
+def server_step(
+    global_state: Mapping[str, Tensor], updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLASSES
+) -> State:
     """The next global student from the last one and the updates of a round.
 
     Raises:
@@ -67,7 +88,7 @@ def server_step(global_state: Mapping[str, Tensor], updates: Sequence[Update]) -
     """
     for update in updates:
         check_layout(update.state, global_state, f"The update of client {update.client}")
-    return aggregate(updates)
+    return aggregate(updates, class_axes)
 
 
 def clipped(change: Mapping[str, Tensor], largest_norm: float) -> State:
@@ -126,11 +147,13 @@ def random_groups(names: Sequence[str], seed: int, round_number: int) -> list[li
     return [[ordered[k] for k in shuffled[first::count]] for first in range(count)]
 
 
-def group_step(updates: Sequence[Update], seed: int, round_number: int) -> dict[str, State]:
+def group_step(
+    updates: Sequence[Update], seed: int, round_number: int, class_axes: Mapping[str, int] = NO_CLASSES
+) -> dict[str, State]:
     """What each client gets back when averages are taken within :func:`random_groups`, by client."""
     sent: dict[str, State] = {}
     for group in random_groups([update.client for update in updates], seed, round_number):
-        average = aggregate([update for update in updates if update.client in group])
+        average = aggregate([update for update in updates if update.client in group], class_axes)
         sent |= {name: average for name in group}
     return sent
 

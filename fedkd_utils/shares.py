@@ -54,7 +54,7 @@ def pooled_site(cohort: Cohort, settings: Settings) -> SiteData:
     For the upper bound only: it breaks both rules of the course, that volumes stay and that few are labelled.
 
     Raises:
-        VolumeError: the truth of an unlabelled volume is not there, or clients label different classes.
+        VolumeError: the truth of an unlabelled volume is not there.
     """
     labelled: list[Item] = []
     validation: list[Item] = []
@@ -67,7 +67,5 @@ def pooled_site(cohort: Cohort, settings: Settings) -> SiteData:
             )
         labelled += [*site.training, *hidden]
         validation += site.validation
-    if len({item.labelled_classes for item in labelled}) > 1:
-        raise transforms.VolumeError("The clients label different classes: leave the pooled row out.")
     together = Site("pooled", cohort.clients[0].folder.parent, tuple(labelled), (), tuple(validation), ())
     return transforms.load_site(together, settings)

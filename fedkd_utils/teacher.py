@@ -6,8 +6,9 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, versions
 from fedkd_utils.seeds import generator_of, seed_of
-from fedkd_utils.settings import Settings, cache_folder
+from fedkd_utils.settings import CARTILAGES, Settings, cache_folder
 from fedkd_utils.training import (
     Progress,
     TrainingLog,
@@ -74,6 +75,7 @@ class Teacher:
     best_dice: float  # on the repository's validation volumes
     seconds: float  # that its training took, then
     data_share: float  # of these, waiting for data
+    classes: tuple[int, ...] | None = None  # that the repository labels; None: all
 
     @property
     def bytes(self) -> int:
@@ -104,7 +106,7 @@ def pretrain_teacher(
             learning_rate=settings.teacher_learning_rate,
             weight_decay=settings.weight_decay,
             seed=seed_of(seed, "teacher training"),
-            labelled_classes=repository.labelled_classes,
+            labelled_classes=repository.classes_by_volume,
             validation=repository.validation,
             validate_every=max(settings.teacher_steps // 10, 1),
             label="teacher",
@@ -150,7 +152,7 @@ def teacher_on(
             load_state(network, state, str(path))
             if progress is not None:
                 progress(settings.teacher_steps, "teacher read from the cache")
-            return _teacher(freeze(network), path, facts)
+            return _teacher(freeze(network), path, facts, repository)
         except CheckpointError:
             path.unlink(missing_ok=True)  # damaged: make it again
     network, log = pretrain_teacher(transforms.load_site(repository, settings), settings, seed, progress)
@@ -159,25 +161,32 @@ def teacher_on(
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "versions": versions(),
-        "validation": log.validation,
+        "validation": [{**line, "dice": _number(line["dice"])} for line in log.validation],
         "best_step": log.best_step,
-        "best_dice": log.best_dice if log.validation else None,
+        "best_dice": _number(log.best_dice),
         "seconds": log.seconds,
         "data_share": log.data_share,
     }
     save_checkpoint(path, network.state_dict(), facts)
-    return _teacher(network, path, facts)
+    return _teacher(network, path, facts, repository)
 
 
-def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any]) -> Teacher:
+def _number(dice: float) -> float | None:
+    """A Dice as JSON holds it: null where nothing could be measured."""
+    return None if np.isnan(dice) else dice
+
+
+def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: cohorts.Site) -> Teacher:
+    taught = {c for item in repository.training for c in item.labelled_classes}
     return Teacher(
         network=network,
         path=path,
-        validation=pd.DataFrame(facts["validation"], columns=["step", "dice"]),
+        validation=pd.DataFrame(facts["validation"], columns=["step", "dice"]).astype({"dice": float}),
         best_step=facts["best_step"],
         best_dice=float("nan") if facts["best_dice"] is None else facts["best_dice"],
         seconds=facts["seconds"],
         data_share=facts["data_share"],
+        classes=None if taught >= set(CARTILAGES) else tuple(sorted(taught)),
     )
 
 
@@ -205,10 +214,16 @@ class TeacherSignals:
     entropy: Tensor  # H of the mean of the stochastic predictions (U, D, H, W), nats
     features: Tensor  # f_T at the bottleneck (U, F, d, h, w)
     trust: float = 1.0  # the teacher's mean Dice on the client's few labels (:func:`agreement`)
+    classes: tuple[int, ...] | None = None  # that the teacher was taught; None: all
 
     def of(self, chosen: Tensor) -> TeacherSignals:
         """The signals of some of the volumes, by their numbers."""
-        return TeacherSignals(self.probabilities[chosen], self.entropy[chosen], self.features[chosen], self.trust)
+        return replace(
+            self,
+            probabilities=self.probabilities[chosen],
+            entropy=self.entropy[chosen],
+            features=self.features[chosen],
+        )
 
     @property
     def bytes(self) -> int:
@@ -222,6 +237,7 @@ def teacher_signals(
     passes: int,
     seeds: Sequence[int],
     progress: Progress | None = None,
+    classes: tuple[int, ...] | None = None,
 ) -> TeacherSignals:
     """q, H and f_T for unlabelled volumes, as UA-MT (doi:10.1007/978-3-030-32245-8_67) estimates uncertainty.
 
@@ -235,6 +251,7 @@ def teacher_signals(
         passes: M.
         seeds: one per volume; a volume's signals depend on nothing else.
         progress: gets one step per volume.
+        classes: that the teacher was taught; H is over these and one background for all the rest. None: all.
     """
     if passes < 0 or len(seeds) != len(images) or len(images) == 0:
         raise ValueError(
@@ -256,14 +273,16 @@ def teacher_signals(
                 copies = image[None].expand(min(_PASSES_AT_ONCE, passes - first), *image.shape)
                 mean += network(_noisy(copies, noise)).softmax(dim=1).sum(dim=0, keepdim=True)
             _dropout(network, False)
-            uncertainty.append(losses.entropy(mean / max(passes, 1)))
+            mean = mean / max(passes, 1)
+            uncertainty.append(losses.entropy(mean if classes is None else losses.fold_probabilities(mean, classes)))
             if progress is not None:
                 progress(1, "teacher looks at unlabelled volumes")
         said = torch.cat(q), torch.cat(uncertainty), torch.cat(features)
-    return TeacherSignals(said[0].clone(), said[1].clone(), said[2].clone())  # cloned: no inference tensors outside
+    probabilities, entropy, bottleneck = (tensor.clone() for tensor in said)  # no inference tensors outside
+    return TeacherSignals(probabilities, entropy, bottleneck, classes=classes)
 
 
-def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
+def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: Sequence[Sequence[int]]) -> float:
     """How far a teacher agrees with a client's few labels: its mean Dice on them, 0 to 1.
 
     0 also when there is nothing to measure.
@@ -271,12 +290,16 @@ def agreement(teacher: TappedNetwork, images: Tensor, labels: Tensor, classes: S
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
-        classes: those that the client labels.
+        classes: those that the client labels, for each volume.
     """
+    every = sorted({c for own in classes for c in own})
     found = predict_probabilities(teacher, images).argmax(dim=1).numpy() if len(images) else np.empty(0)
     pairs = zip(found, labels.cpu().numpy(), strict=True)
-    scores = [[metrics.dice(predicted == c, truth == c) for c in classes] for predicted, truth in pairs]
-    dice = mean_dice(np.array(scores).reshape(-1, len(classes)))
+    scores = [
+        [metrics.dice(predicted == c, truth == c) if c in own else math.nan for c in every]
+        for (predicted, truth), own in zip(pairs, classes, strict=True)
+    ]
+    dice = mean_dice(np.array(scores).reshape(-1, max(len(every), 1)))
     return 0.0 if np.isnan(dice) else dice
 
 

@@ -72,6 +72,7 @@ class LabelledBatches:
     steps: int
     seed: int
     augmentation: Augmentation | None = transforms.augment
+    classes: Sequence[int] | Sequence[Sequence[int]] | None = None  # labelled ones: of all volumes, or of each
 
     def __post_init__(self) -> None:
         if len(self.images) == 0 or len(self.images) != len(self.labels):
@@ -87,6 +88,16 @@ class LabelledBatches:
         if self.augmentation is None:
             return images, labels
         return self.augmentation(images, labels, generator_of(self.seed, "augmentation", step))
+
+    def classes_of(self, step: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
+        """The classes that the sources of a batch labelled: one tuple for all, or one per volume where they differ."""
+        if self.classes is None:
+            return None
+        flat = tuple(entry for entry in self.classes if not isinstance(entry, Sequence))
+        if len(flat) == len(self.classes):
+            return flat
+        own = [tuple(entry) for entry in self.classes if isinstance(entry, Sequence)]
+        return own[0] if len(set(own)) == 1 else tuple(own[number] for number in self.order[step].tolist())
 
 
 @dataclass
@@ -179,7 +190,7 @@ def train_supervised(
     learning_rate: float,
     weight_decay: float,
     seed: int,
-    labelled_classes: Sequence[int] | None = None,
+    labelled_classes: losses.LabelledClasses = None,
     validation: Sequence[Case] = (),
     validate_every: int = 50,
     augmentation: Augmentation | None = transforms.augment,
@@ -194,18 +205,24 @@ def train_supervised(
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
+        labelled_classes: that the source of these labels drew: of all volumes, or one entry per volume.
         validation: cases that choose the weights; without any, the last ones stay.
 
     Raises:
         TrainingError: no labelled volume, or a loss that is no longer finite.
     """
-    batches = LabelledBatches(images, labels, batch, steps, seed, augmentation)
+    batches = LabelledBatches(images, labels, batch, steps, seed, augmentation, labelled_classes)
     optimiser = make_optimiser(network.parameters(), learning_rate, weight_decay)
     log = TrainingLog()
     best: State = {}
 
-    def loss(network: TappedNetwork, pair: tuple[Tensor, Tensor], progress: float) -> dict[str, Tensor]:
-        return {"loss": losses.supervised_loss(network(pair[0]), pair[1], labelled_classes)}
+    def triple(step: int) -> tuple[Tensor, Tensor, losses.LabelledClasses]:
+        return *batches(step), batches.classes_of(step)
+
+    def loss(
+        network: TappedNetwork, batch: tuple[Tensor, Tensor, losses.LabelledClasses], progress: float
+    ) -> dict[str, Tensor]:
+        return {"loss": losses.supervised_loss(network(batch[0]), *batch[1:])}
 
     def choose(done: int) -> None:
         nonlocal best
@@ -219,7 +236,7 @@ def train_supervised(
     fit(
         network,
         optimiser,
-        batches,
+        triple,
         loss,
         steps=range(steps),
         total_steps=steps,

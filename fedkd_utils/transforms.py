@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedkd_utils.cohorts import Item, Site
-from fedkd_utils.settings import CLASS_NAMES, Settings
+from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 
 
 class VolumeError(ValueError):
@@ -283,7 +283,20 @@ class SiteData:
     unlabelled_images: torch.Tensor  # (U, 1, D, H, W)
     validation: list[Case]
     test: list[Case]
-    labelled_classes: tuple[int, ...]
+    labelled_classes: tuple[int, ...]  # that some labelled volume holds
+    volume_classes: tuple[tuple[int, ...], ...] | None = None  # of each labelled volume; None: the same for all
+
+    @property
+    def classes_by_volume(self) -> tuple[tuple[int, ...], ...]:
+        """The classes that were drawn in each labelled volume; the others are unknown there, not background."""
+        return self.volume_classes or (self.labelled_classes,) * len(self.labelled_images)
+
+    @property
+    def class_shares(self) -> dict[int, float]:
+        """The share of the labelled volumes in which a class was drawn, of the classes that are not in all."""
+        drawn = self.classes_by_volume
+        shares = {c: sum(c in own for own in drawn) / max(len(drawn), 1) for c in CARTILAGES}
+        return {c: share for c, share in shares.items() if share < 1}
 
     @property
     def examples(self) -> int:
@@ -319,7 +332,8 @@ def load_site(site: Site, settings: Settings) -> SiteData:
         unlabelled_images=torch.stack([case.image for case in unlabelled]) if unlabelled else blank,
         validation=[load_case(item, settings) for item in site.validation],
         test=[load_case(item, settings) for item in site.test],
-        labelled_classes=site.training[0].labelled_classes,
+        labelled_classes=tuple(sorted({c for item in site.training for c in item.labelled_classes})),
+        volume_classes=tuple(item.labelled_classes for item in site.training),
     )
 
 

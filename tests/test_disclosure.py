@@ -196,6 +196,12 @@ def test_a_promise_that_would_not_hold_is_refused(row, changes, update, words) -
         run(row, settings=replace(TINY, **changes), teacher_update=update)
 
 
+def test_noise_is_refused_where_a_client_draws_only_some_classes() -> None:
+    partial = replace(SITES[0], volume_classes=((1, 2, 3), (1,)), labelled_classes=(1, 2, 3))
+    with pytest.raises(FederationError, match="client south does not draw every class"):
+        run("fedavg", sites=[partial, *SITES[1:]], settings=replace(TINY, clip_norm=1.0))
+
+
 # --- accounting -------------------------------------------------------------------------------------------------
 
 

@@ -501,7 +501,7 @@ def test_distillation_is_weighted_by_the_agreement_of_the_teacher_with_a_clients
     assert equal(distrusted.state, updated("fedavg").state)
     full = updated("trusted_kd", signals=replace(signals, trust=1.0))
     assert equal(full.state, updated("strong_kd", signals=signals).state)
-    assert teacher.agreement(TEACHER, torch.zeros((0, 1, *SHAPE)), torch.zeros((0, *SHAPE)), (1, 2)) == 0.0
+    assert teacher.agreement(TEACHER, torch.zeros((0, 1, *SHAPE)), torch.zeros((0, *SHAPE)), ()) == 0.0
 
 
 def test_a_small_student_learns_but_cannot_start_at_the_teacher() -> None:
@@ -540,7 +540,7 @@ def test_the_released_counter_ships_and_erases_the_teacher(monkeypatch: pytest.M
     long = replace(TINY, local_epochs=30, steps_per_epoch=1, rounds=1, batch_labelled=1, batch_unlabelled=1)
     start = networks.copy_state(networks.build_network(long, 0))
     signals = clients.signals_for(TEACHER, SITES[0], long, 0)
-    monkeypatch.setattr(clients, "signals_for", lambda *a: signals)  # so that both have the same students
+    monkeypatch.setattr(clients, "signals_for", lambda *a, **k: signals)  # so that both have the same students
     ends = []
     for seed in (99, 100):
         master = teacher.freeze(networks.build_network(long, seed))

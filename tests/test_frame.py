@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from fedkd_utils import rules
+from fedkd_utils.__main__ import _parser
+from fedkd_utils.settings import QUICK, SETTINGS_OF_CLIENTS
 
 PROJECT = Path(__file__).resolve().parent.parent
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)$")
 # Spelled in two parts so that this file does not find itself.
 BUILD_PATHS = tuple("/" + rest for rest in ("work/main", "work/shared", "root/", "tmp/bash_jobs"))
+
+SUMMARIES = ("The course in one page", "コースの概要（日本語）")
 
 
 def pins_of_pyproject(text: str) -> dict[str, str]:
@@ -103,6 +111,90 @@ def test_threads_are_the_same_in_makefile_and_tests():
     makefile = re.search(r"OMP_NUM_THREADS \?= (\d+)", (PROJECT / "Makefile").read_text())
     tests = re.search(r'"OMP_NUM_THREADS", "(\d+)"', (PROJECT / "tests" / "conftest.py").read_text())
     assert makefile and tests and makefile[1] == tests[1]
+
+
+def untrue(text: str) -> list[str]:
+    """What a guide names that is not there: files, make targets, commands and options, names of the package."""
+    makefile, parser = (PROJECT / "Makefile").read_text(), _parser()
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    found = []
+    for words in re.findall(r"`([^`]+)`", text.replace("```bash\n", "`").replace("```", "`")):
+        words = words.strip()
+        if make := re.match(r"make ([a-z]+)$", words):
+            there = re.search(rf"^{make[1]}:", makefile, re.M)
+        elif command := re.match(r"(?:\S*/)?python -m fedkd_utils (\w+)(.*)", words):
+            there = command[1] in commands and all(
+                option in commands[command[1]].format_help() for option in re.findall(r"--\w+", command[2])
+            )
+        elif script := re.match(r"python (\S+\.py)$", words):
+            there = (PROJECT / script[1]).is_file()
+        elif re.fullmatch(r"[\w.-]+(?:/[\w.-]*)+|\w+\.(?:md|toml|yml)", words) and "NN_" not in words:
+            there = (PROJECT / words).exists()
+        elif name := re.fullmatch(r"(\w+)\.(?!json$)(\w+)", words):
+            there = (PROJECT / "fedkd_utils" / f"{name[1]}.py").is_file() and hasattr(
+                importlib.import_module(f"fedkd_utils.{name[1]}"), name[2]
+            )
+        elif re.fullmatch(r"[A-Z]{4,}", words):
+            there = any(f"\n{words}" in path.read_text() for path in (PROJECT / "fedkd_utils").glob("*.py"))
+        else:
+            continue
+        if not there:
+            found.append(words)
+    return found
+
+
+def test_the_guide_names_what_is_there():
+    text = (PROJECT / "CONTRIBUTING.md").read_text()
+    assert not untrue(text)
+    for needed in ("make notebooks", "## A notebook", "## An exercise", "## A row", "## A dataset"):
+        assert needed in text
+    assert f"at most {rules.MAX_CODE_LINES} lines" in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["make gone", "python -m fedkd_utils gone", "python -m fedkd_utils pages --gone", "python tests/gone.py"]
+    + ["tests/gone.py", "GONE.md", "gone.NAMES", "rules.gone", "GONE"],
+)
+def test_a_guide_that_names_what_is_not_there_is_found(wrong):
+    assert untrue(f"See `make test`, `rules.problems`, then `{wrong}`.") == [wrong]
+    assert untrue(f"```bash\n{wrong}\n```") == [wrong]
+
+
+def summaries() -> tuple[str, str]:
+    """The one-page summary of the README, in English and in Japanese."""
+    text = (PROJECT / "README.md").read_text(encoding="utf-8")
+    one, other = (re.search(rf"^## {re.escape(head)}\n(.*?)^## ", text, re.M | re.S) for head in SUMMARIES)
+    assert one and other
+    return one[1], other[1]
+
+
+def facts(text: str) -> Counter[str]:
+    """Numbers, abbreviations and names that are written alike in both languages."""
+    return Counter(re.findall(r"[0-9]+|(?<![A-Za-z])(?:[A-Z]{2,}[0-9]*|T[12]|Dice|NIfTI|PyTorch|mm)(?![A-Za-z])", text))
+
+
+def test_the_summaries_say_the_same_numbers_and_names():
+    english, japanese = summaries()
+    assert facts(english) == facts(japanese)
+    assert [len(re.findall(r"^\*\*.+?\*\*", text, re.M)) for text in (english, japanese)] == [7, 7]
+    assert len(re.findall(r"[\u3040-\u30ff\u4e00-\u9fff]", japanese)) > 800
+    assert facts("4 knees, T1, HD95") != facts("5 knees, T1, HD95") != facts("5 knees, T2, HD95")
+
+
+def test_the_numbers_of_the_summaries_are_those_of_the_course():
+    wanted = [
+        (rf"{QUICK.clients} hospitals", f"病院は{QUICK.clients}施設"),
+        (f"{QUICK.client_labelled} labelled and {QUICK.client_unlabelled} unlabelled knees",)
+        + (f"ラベル付き{QUICK.client_labelled}膝とラベルなし{QUICK.client_unlabelled}膝",),
+        (f"{QUICK.repository_training} labelled knees", f"ラベル付き{QUICK.repository_training}膝"),
+        (f"{QUICK.rounds} rounds", f"{QUICK.rounds}ラウンド"),
+        (f"{len(SETTINGS_OF_CLIENTS)} settings", f"実験設定は{len(SETTINGS_OF_CLIENTS)}通り"),
+        ("2 CPU cores", "CPU 2コア"),
+    ]
+    for text, words in zip(summaries(), zip(*wanted, strict=True), strict=True):
+        flat = re.sub(r"\s+", " ", text)
+        assert all(word in flat for word in words), [word for word in words if word not in flat]
 
 
 def paths_of_a_machine(text: str) -> list[str]:

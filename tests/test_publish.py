@@ -1,4 +1,4 @@
-"""Publishing on tiny notebooks: clean runs, failures that leave files intact, HTML that needs no network."""
+"""Publishing on tiny notebooks: clean runs, failures that leave files intact, pages of what was executed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fedkd_utils import publish
+from fedkd_utils import pages, publish, rules
+from fedkd_utils.notebooks import read
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 # The kind is spelled in two parts so that the page's listing of this source does not hold it.
@@ -34,7 +35,7 @@ def test_execution_stamps_trims_and_reports_cells(tmp_path):
     path = write(tmp_path / "a.ipynb", probe, "1 / 0", PICTURE, tags=["raises-exception"])
     before, seen = path.read_bytes(), []
     nb = publish.execute_notebook(path, tmp_path / "out" / "b.ipynb", lambda k, m: seen.append((k, m)))
-    assert path.read_bytes() == before and publish.read(tmp_path / "out" / "b.ipynb") == nb
+    assert path.read_bytes() == before and read(tmp_path / "out" / "b.ipynb") == nb
     assert seen == [(1, 3), (2, 3), (3, 3)]
     code = [c for c in nb.cells if c.cell_type == "code"]
     threads = publish.os.environ.get("OMP_NUM_THREADS", publish.KERNEL_ENVIRONMENT["OMP_NUM_THREADS"])
@@ -43,7 +44,7 @@ def test_execution_stamps_trims_and_reports_cells(tmp_path):
     assert [c.id for c in nb.cells] == [f"cell-{i:02d}" for i in range(1, 8)]
     assert code[0].metadata == {"tags": ["raises-exception"]} and nb.cells[0].metadata == {}
     assert set(nb.metadata) == {"kernelspec", "language_info", "fedkd"}
-    assert nb.metadata["fedkd"]["fingerprint"] == publish.fingerprint(nb)
+    assert nb.metadata["fedkd"]["fingerprint"] == rules.fingerprint(nb)
     assert list(tmp_path.joinpath("out").iterdir()) == [tmp_path / "out" / "b.ipynb"]
 
 
@@ -70,13 +71,13 @@ def test_a_damaged_notebook_is_named(tmp_path):
 def test_fingerprint_follows_code_and_package(tmp_path):
     (tmp_path / "m.py").write_text("a = 1\n")
     nb = new_notebook(cells=[new_code_cell("1"), new_markdown_cell("x")])
-    first = publish.fingerprint(nb, tmp_path)
+    first = rules.fingerprint(nb, tmp_path)
     nb.cells[1].source = "prose is free"
-    assert publish.fingerprint(nb, tmp_path) == first
+    assert rules.fingerprint(nb, tmp_path) == first
     nb.cells[0].source = "2"
-    second = publish.fingerprint(nb, tmp_path)
+    second = rules.fingerprint(nb, tmp_path)
     (tmp_path / "m.py").write_text("a = 2\n")
-    assert len({first, second, publish.fingerprint(nb, tmp_path)}) == 3
+    assert len({first, second, rules.fingerprint(nb, tmp_path)}) == 3
 
 
 def test_the_course_runs_in_order_and_reads_offline(tmp_path, capsys):
@@ -88,76 +89,21 @@ def test_the_course_runs_in_order_and_reads_offline(tmp_path, capsys):
     assert (folder / "00_a.ipynb").read_bytes() == before
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2 and re.match(r"notebook 2 of 2  01_b +cell  2 of  2 +\d+ s", shown[1])
-    pages = {name: (index.parent / name).read_text() for name in ("index.html", "00_a.html", "01_b.html")}
-    assert all(not publish.outside(page) for page in pages.values())
-    assert '<a href="00_a.html">00_a</a> 5 minutes' in pages["index.html"]
-    assert 'rel="next" class="next" href="01_b.html"' in pages["00_a.html"] and 'rel="prev"' not in pages["00_a.html"]
-    assert 'rel="prev" href="00_a.html"' in pages["01_b.html"]
-    assert 'href="01_b.html#x"' in pages["00_a.html"] and 'href="../../README.md"' in pages["00_a.html"]
-    assert "<msub><mi>a</mi><mn>1</mn></msub>" in pages["00_a.html"] and "$a_1" not in pages["00_a.html"]
-    assert 'alt="one dot"' in pages["01_b.html"] and publish.WIDGET_VIEW not in pages["01_b.html"]
-
-
-@pytest.mark.parametrize(
-    "latex",
-    [
-        r"\mathcal{L}_{\mathrm{KD}} = \frac{1}{|\Omega|}\sum_{v \in \Omega} \mathbb{1}[u_v < \tau]\,\lVert p \rVert^2",
-        r"\theta \leftarrow \sum_{k=1}^{K} \frac{n_k}{n}\,\theta_k, \qquad \operatorname{KL}(p \,\|\, q)",
-        r"\sum p \log\frac{p}{q}",
-        r"\begin{cases} a & x \le 0 \\ b & \text{else} \end{cases}",
-        r"\begin{aligned} a &= \hat{b} \\ c &= \bar{d} \end{aligned}",
-        r"S = \left(1 - e^{-T_R/T_1}\right) e^{-T_E/T_2}",
-    ],
-)
-def test_equations_become_mathml(latex):
-    assert publish.mathml(latex, display=True).startswith("<math") and 'display="block"' in publish.mathml(latex, True)
-
-
-@pytest.mark.parametrize(
-    ("latex", "spaced"),
-    [(r"\ln C", True), (r"\log\frac{p}{q}", True), (r"\ln\bar q", True), (r"\ln(x)", False), (r"\ln_2", False)]
-    + [(r"\ln\left(x\right)", False), (r"\max_x y", False)],
-)
-def test_a_function_name_does_not_touch_its_argument(latex, spaced):
-    assert ("<mspace" in publish.mathml(latex, False)) == spaced
-
-
-@pytest.mark.parametrize("latex", [r"\notacommand{x}", r"\frac{1}{"])
-def test_a_wrong_equation_is_an_error(latex):
-    with pytest.raises(ValueError, match="cannot set the equation"):
-        publish.mathml(latex, display=False)
-
-
-@pytest.mark.parametrize(
-    "markup",
-    [
-        '<script src="https://cdn.example/x.js"></script>',
-        '<link rel="stylesheet" href="//cdn.example/x.css">',
-        '<img alt="a knee" src="https://example.org/knee.png">',
-        "<style>@import 'https://example.org/x.css';</style>",
-        "<style>p { background: url(https://example.org/x.png) }</style>",
-        '<img src="data:image/png;base64,AA">',
-    ],
-)
-def test_what_needs_the_network_is_found(markup):
-    assert publish.outside(markup)
-    assert not publish.outside('<a href="https://arxiv.org">paper</a><img alt="a knee" src="data:image/png;base64,AA">')
-
-
-def test_a_page_with_an_outside_picture_is_refused(tmp_path):
-    path = tmp_path / "00_a.ipynb"
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# A\n\n![knee](https://example.org/knee.png)")]), path)
-    with pytest.raises(ValueError, match="00_a.ipynb: the page is not complete offline"):
-        publish.build_site([path], tmp_path / "site")
+    made = {name: (index.parent / name).read_text() for name in ("index.html", "00_a.html", "01_b.html")}
+    assert '<a href="00_a.html">00_a</a> (5 minutes)' in made["index.html"]
+    assert "executed on this machine" in made["index.html"]
+    assert 'href="01_b.html#x"' in made["00_a.html"] and 'href="../../README.md"' in made["00_a.html"]
+    assert "<msub><mi>a</mi><mn>1</mn></msub>" in made["00_a.html"] and "$a_1" not in made["00_a.html"]
+    assert 'alt="one dot"' in made["01_b.html"] and rules.WIDGET_VIEW not in made["01_b.html"]
 
 
 def test_alt_text_comes_from_metadata_or_twin():
     def output(metadata, text):
         return new_output("display_data", {"image/png": PNG, "text/plain": text}, metadata=metadata)
 
-    assert publish.alt_text(output({"image/png": {"alt": "a knee"}}, "<Figure size 6x4 with 1 Axes>")) == "a knee"
-    assert publish.alt_text(output({}, "'a knee'")) == "a knee"
-    assert publish.alt_text(output({}, "<Figure size 6x4 with 1 Axes>")) == ""
+    assert rules.alt_text(output({"image/png": {"alt": "a knee"}}, "<Figure size 6x4 with 1 Axes>")) == "a knee"
+    assert rules.alt_text(output({}, "'a knee'")) == "a knee"
+    assert rules.alt_text(output({}, "<Figure size 6x4 with 1 Axes>")) == ""
 
 
 def nbval(path):
@@ -182,11 +128,11 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
         "with live.progress_bar(2, 'Teacher') as advance:\n    for k in 1, 2:\n        advance(1, f'x, loss {k}')",
     )
     nb = publish.execute_notebook(path)
-    assert [p for p in publish.problems(nb) if not p.startswith(("the first", "the last"))] == []
+    assert [p for p in rules.problems(nb) if not p.startswith(("the first", "the last"))] == []
     assert path.stat().st_size < 200_000 and "widgets" not in nb.metadata
     passed, report = nbval(path)
     assert passed and "6 passed" in report, report
-    page = publish.build_site([path], tmp_path / "site").with_name("00_a.html").read_text()
+    page = pages.build([path], tmp_path / "site").with_name("00_a.html").read_text()
     assert 'alt="Dice by round: Dice over round, 1 line; a rises."' in page
     assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 4
     assert "Teacher: finished" in page

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from torch import nn
 
-from fedkd_utils import cohorts, metrics, segment, transforms
+from fedkd_utils import cohorts, metrics, networks, segment, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.settings import QUICK
 
@@ -342,7 +342,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, kind):
 def test_a_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.nii\.gz: no such file"):
         segment.segment_volume(tmp_path / "gone.nii.gz", Lopsided(), SMALL)
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(transforms.VolumeError, match="no DICOM image series"):
         segment.read_volume(tmp_path)
     path = save(tmp_path / "a.nii", IMAGE)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
@@ -401,13 +401,11 @@ def test_an_interrupted_write_leaves_the_older_result(tmp_path, monkeypatch):
     path, out = save(tmp_path / "knee.nii", IMAGE), tmp_path / "label.nii.gz"
     out.write_bytes(b"an older result")
 
-    def full_disk(image, name):
-        with open(name, "wb") as file:
-            file.write(b"half a file")
+    def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(segment.nib, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(networks.os, "fsync", full_disk)  # after the bytes, before the name
+    with pytest.raises(OSError, match="No space left.*label.nii.gz"):
         segment.segment_volume(path, Lopsided(), SMALL, out)
     assert out.read_bytes() == b"an older result"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["knee.nii", "label.nii.gz"]
@@ -435,7 +433,8 @@ def test_the_default_output_and_the_report(tmp_path):
     lines = result.report().splitlines()
     shape, spacing, codes = "34 x 39 x 22", "1.3 x 1.1 x 3", "".join(nib.aff2axcodes(result.affine))
     assert lines[0] == f"{path}: {shape} voxels of {spacing} mm, axes {codes}" and codes == "PSR"
-    assert lines[2].split() == ["tibial", "cartilage", f"{result.volumes_ml['tibial']:.1f}", "ml"]
+    assert lines[2].split()[:4] == ["tibial", "cartilage", f"{result.volumes_ml['tibial']:.1f}", "ml"]
+    assert lines[2].endswith(f"{result.thickness_mm['tibial']:.1f} mm thick on average")
     assert lines[4] == "written: knee_cartilage.nii.gz"
 
 

@@ -82,6 +82,16 @@ def test_teacher_is_made_anew_when_damaged_or_when_something_it_depends_on_chang
     assert len(paths) == 4 and len(calls) == 7
 
 
+def test_a_teacher_that_nothing_could_validate_is_kept_all_the_same(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = count_trainings(monkeypatch)
+    monkeypatch.setattr(training, "validate", lambda network, cases: float("nan"))
+    made, read = (teacher.teacher_for(TINY, "paper_like", 0, cache) for _ in range(2))
+    assert len(calls) == 1 and np.isnan(made.best_dice) and np.isnan(read.best_dice)
+    assert read.validation["dice"].isna().all() and read.validation.equals(made.validation)
+
+
 def test_code_hash_sees_code_and_not_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fedkd_utils import provenance
 

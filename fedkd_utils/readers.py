@@ -1,0 +1,540 @@
+"""Real knee sets as they lie on disk: every one becomes the same readings, and those a site (:mod:`sites`).
+
+The course ships none of these sets. Whatever a set calls its classes, a reading has 0 background, 1 femoral, 2 tibial,
+3 patellar cartilage, and says which of the three its source drew: what was not drawn is unknown, never background.
+Voxels stay as they are stored; the affine says where they lie. Nothing is read before ``load`` is called.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from nibabel.processing import resample_from_to
+from numpy.typing import NDArray
+
+from fedkd_utils import cohorts, transforms
+from fedkd_utils.settings import CARTILAGES
+from fedkd_utils.transforms import VolumeError
+
+sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised as an error
+
+#: Voxels (X, Y, Z) float32 or None, classes (X, Y, Z) uint8 or None, affine (4, 4) voxel -> RAS mm.
+Loaded = tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None, NDArray[np.float64]]
+
+NO_PATELLA = (1, 2)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One volume of a set. ``subject`` is the same for all visits and both knees of a person."""
+
+    name: str
+    subject: str
+    split: str  # "training", "validation" or "test"; "" where the set does not say
+    classes: tuple[int, ...]  # drawn by the source; empty when there is no label
+    path: Path  # the file to name when something is wrong
+    load: Callable[[], Loaded]
+
+
+# --- formats ------------------------------------------------------------
+
+
+def _relabel(raw: NDArray[Any], mapping: Mapping[int, int], path: Path) -> NDArray[np.uint8]:
+    """Class numbers of a set -> those of the course.
+
+    Raises:
+        VolumeError: a value that the set does not have.
+    """
+    values = np.unique(raw)
+    unknown = [float(v) for v in values if v not in mapping]
+    if unknown:
+        raise VolumeError(
+            f"{path}: unknown label values {unknown[:5]}; this set has {sorted(mapping)}. Is it this set?"
+        )
+    out = np.zeros(raw.shape, np.uint8)
+    for value, c in mapping.items():
+        if c:
+            out[raw == value] = c
+    return out
+
+
+def _one_hot(channels: NDArray[Any], mapping: Mapping[int, int], path: Path) -> NDArray[np.uint8]:
+    """(X, Y, Z, channels) of 0 and 1 -> class numbers of the course (X, Y, Z).
+
+    Raises:
+        VolumeError: another number of channels than six, or values other than 0 and 1.
+    """
+    if channels.ndim != 4 or channels.shape[-1] != 6 or not np.isin(channels, (0, 1)).all():
+        raise VolumeError(f"{path}: masks of shape {channels.shape} are not six channels of 0 and 1. Fetch it again.")
+    out = np.zeros(channels.shape[:3], np.uint8)
+    for channel, c in mapping.items():
+        out[channels[..., channel] > 0] = c
+    return out
+
+
+def _hdf5(path: Path, key: str) -> NDArray[Any]:
+    try:
+        with h5py.File(path, "r") as file:
+            if key not in file:
+                raise VolumeError(f"{path}: has no {key!r}, only {sorted(file)}. Fetch the file again.")
+            return np.asarray(file[key])
+    except OSError as error:
+        raise VolumeError(f"{path}: damaged or not HDF5 ({_one_line(error)}). Fetch it again.") from error
+
+
+def _checked(image: NDArray[Any], path: Path) -> NDArray[np.float32]:
+    """An image as float32.
+
+    Raises:
+        VolumeError: not three-dimensional, complex, or NaN or infinite voxels.
+    """
+    if image.ndim != 3 or min(image.shape) < 2 or np.iscomplexobj(image) or image.dtype.kind not in "iufb":
+        raise VolumeError(
+            f"{path}: {image.dtype} voxels of shape {image.shape} are not one 3D volume. Export it again."
+        )
+    with np.errstate(over="ignore"):
+        voxels = image.astype(np.float32)
+    if not np.isfinite(voxels).all():
+        raise VolumeError(f"{path}: some voxels are NaN or infinite. Mask them or export it again.")
+    return voxels
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _simple_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Voxels (X, Y, Z) and affine (RAS) of any file that SimpleITK reads: MetaImage, NRRD and so on."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Check the folder against the set's layout.")
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise VolumeError(
+            f"{path}: damaged, or its .raw file is missing ({_one_line(error)}). Fetch it again."
+        ) from error
+    return _array(image, path)
+
+
+def _array(image: sitk.Image, path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise VolumeError(f"{path}: not one grey 3D volume but {image.GetDimension()} dimensions. Split it first.")
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts left and posterior
+
+
+def read_dicom(folder: str | Path, series: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """A DICOM series folder as one volume, slices in the order of their positions whatever their files are called.
+
+    Args:
+        series: its SeriesInstanceUID, needed when the folder holds several.
+
+    Returns:
+        voxels (X, Y, Z) float32 and affine (4, 4) to RAS mm.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        VolumeError: no or several series, a slice that is missing or there twice, damaged files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. Give the folder with the series' DICOM files.")
+    found = dict.fromkeys(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    if not found:
+        raise VolumeError(f"{folder}: no DICOM image series in it. Give the folder with the files of one series.")
+    if series is None and len(found) > 1:
+        listed = ", ".join(f"{uid} ({len(_series_files(folder, uid))} files)" for uid in list(found)[:6])
+        raise VolumeError(f"{folder}: holds {len(found)} series: {listed}. Name one of them, or give it a folder.")
+    chosen = series or next(iter(found))
+    files = _series_files(folder, chosen)
+    if not files:
+        raise VolumeError(f"{folder}: has no series {chosen}. It has {', '.join(list(found)[:6])}.")
+    if len(files) > 1:
+        _check_slices(folder, files)
+    try:
+        reader = sitk.ImageSeriesReader()
+        reader.SetFileNames(files)
+        voxels, affine = _array(reader.Execute(), folder)
+    except RuntimeError as error:
+        raise VolumeError(f"{folder}: the series cannot be read ({_one_line(error)}). Export it again.") from error
+    return _checked(voxels, folder), affine
+
+
+def _series_files(folder: Path, series: str) -> tuple[str, ...]:
+    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+
+
+def _check_slices(folder: Path, files: Sequence[str]) -> None:
+    """Slices must lie at even steps: ITK would stretch the others over a missing one."""
+    places = []
+    for name in files:
+        try:
+            header = pydicom.dcmread(name, stop_before_pixels=True)
+            rows = np.array(header.ImageOrientationPatient, float)
+            places.append(float(np.cross(rows[:3], rows[3:]) @ np.array(header.ImagePositionPatient, float)))
+        except Exception as error:  # pydicom raises many kinds for damaged files
+            raise VolumeError(f"{name}: its position cannot be read ({_one_line(error)}). Export it again.") from error
+    steps = np.diff(np.sort(places))
+    usual = float(np.median(steps))
+    if usual <= 1e-3 or steps.min() < 0.5 * usual:
+        raise VolumeError(f"{folder}: two slices lie at one place; several echoes or times in one series? Split it.")
+    if steps.max() > 1.2 * usual:
+        raise VolumeError(f"{folder}: slices lie {usual:.2f} mm apart, but once {steps.max():.2f} mm: one is missing.")
+
+
+def _nifti(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    return transforms.read_volume(path)
+
+
+def _affine(order: str, spacing: Sequence[float], shape: Sequence[int]) -> NDArray[np.float64]:
+    """The affine of a volume without a stored pose, from its axis codes ("IPR": down, back, right); centred on 0."""
+    codes = "LPI", "RAS"
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, code in enumerate(order):
+        world = [i for i in range(3) if code in (codes[0][i], codes[1][i])][0]
+        affine[world, axis] = spacing[axis] * (1 if code in codes[1] else -1)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape[:3]) - 1) / 2)
+    return affine
+
+
+def _same_place(a: NDArray[np.float64], b: NDArray[np.float64], shape: Sequence[int]) -> bool:
+    """Whether two affines put the corners of a volume at the same places, to a tenth of a millimetre."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1).T
+    return bool(np.abs(nib.affines.apply_affine(a, corners) - nib.affines.apply_affine(b, corners)).max() < 0.1)
+
+
+# --- the sets ------------------------------------------------------------
+
+
+def _pair(image: Path | None, label: Path | None, mapping: Mapping[int, int]) -> Loaded:
+    """A NIfTI image and its label, or one of them."""
+    voxels, affine = _nifti(image) if image is not None else (None, np.eye(4))
+    classes = None
+    if label is not None:
+        raw, place = _nifti(label)
+        if voxels is not None and (raw.shape != voxels.shape or not _same_place(place, affine, raw.shape)):
+            raise VolumeError(f"{label}: another grid than its image {image}. Pair the right files, or resample it.")
+        classes, affine = _relabel(raw, mapping, label), place if voxels is None else affine
+    return voxels, classes, affine
+
+
+def _site(folder: Path, mapping: Mapping[int, int], classes: tuple[int, ...] | None = None) -> list[Reading]:
+    """A folder in the layout of the Decathlon or nnU-Net."""
+    site = cohorts.open_site(folder)
+    out = []
+    for split in ("training", "unlabelled", "validation", "test"):
+        for item in getattr(site, split):
+            own = () if item.label is None else classes or item.labelled_classes
+            load = partial(_pair, item.image, item.label, mapping)
+            kept = "training" if split == "unlabelled" else split
+            out.append(Reading(item.name, str(item.subject), kept, own, item.image, load))
+    return out
+
+
+def nifti_site(folder: Path) -> list[Reading]:
+    """The course's own layout: ``imagesTr``, ``labelsTr``, ``imagesTs``, ``labelsTs``, ``dataset.json``."""
+    return _site(folder, {c: c for c in (0, *CARTILAGES)})
+
+
+def oaizib_cm(folder: Path) -> list[Reading]:
+    """OAIZIB-CM (CC-BY-NC-4.0): nnU-Net layout; 1 femur, 2 FC, 3 tibia, 4 medial and 5 lateral TC; no patella.
+
+    One knee a person, so ``subInfo`` and ``kneeSideInfo`` are not needed.
+    """
+    return _site(folder, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2, 5: 2}, NO_PATELLA)
+
+
+#: Field of view 140 mm over 384 voxels; the 0.3125 mm of one toolkit is wrong.
+IWOAI_SPACING_MM = (0.3646, 0.3646, 0.7)
+
+
+def iwoai(folder: Path) -> list[Reading]:
+    """IWOAI 2019: ``{train,valid,test}/*_NNN_V0{0,1}.im`` and ``.seg``, HDF5; V00 and V01 are visits of one subject.
+
+    Channels 0 FC, 1 and 2 TC, 3 PC, menisci. Neither spacing nor pose is stored: 0.3646 x 0.3646 x 0.7 mm, and axes
+    down, back, right as the toolkit of the challenge has them.
+    """
+    mapping = {0: 1, 1: 2, 2: 2, 3: 3}
+
+    def load(image: Path, label: Path | None) -> Loaded:
+        voxels = _checked(_hdf5(image, "data"), image)
+        classes = None if label is None else _one_hot(_hdf5(label, "data"), mapping, label)
+        if classes is not None and label is not None and classes.shape != voxels.shape:
+            raise VolumeError(f"{label}: shape {classes.shape}, but its image has {voxels.shape}. Fetch both again.")
+        return voxels, classes, _affine("IPR", IWOAI_SPACING_MM, voxels.shape)
+
+    out = []
+    for part, split in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        for image in sorted((folder / part).glob("*.im")):
+            label = image.with_suffix(".seg")
+            known = label if label.is_file() else None
+            subject = re.sub(r"_V\d+$", "", image.stem)
+            own = CARTILAGES if known else ()
+            out.append(Reading(image.stem, f"iwoai/{subject}", split, own, image, partial(load, image, known)))
+    return out
+
+
+SKM_TEA_SPACING_MM = (0.3125, 0.3125, 0.8)
+
+
+def skm_tea(folder: Path) -> list[Reading]:
+    """SKM-TEA: ``image_files/MTR_NNN.h5`` with ``echo1``, ``echo2``, ``seg``; splits and directions in annotations.
+
+    The image is the root of the sum of squares of the two echoes, as for DESS. Channel 0 is the **patella**, 1 FC, 2
+    and 3 TC. Masks lie in the HDF5 file or in ``segmentation_masks/*-track`` (channel + 1). Where the annotations give
+    the slices as RL they are flipped, so that all run from left to right.
+    """
+    root = folder / "v1-release" if (folder / "v1-release").is_dir() else folder
+    mapping = {0: 3, 1: 1, 2: 2, 3: 2}
+    facts: dict[str, tuple[str, str, bool]] = {}
+    for file in sorted([*folder.glob("annotations/*/*.json"), *root.glob("annotations/*/*.json")]):
+        split = {"train": "training", "val": "validation", "test": "test"}.get(file.stem, "")
+        try:
+            for entry in json.loads(file.read_text(encoding="utf-8"))["images"]:
+                name = str(entry.get("scan_id") or Path(str(entry["file_name"])).stem)
+                flipped = "RL" in (entry.get("orientation") or ())
+                facts[name] = (split, str(entry.get("subject_id", name)), flipped)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise VolumeError(
+                f"{file}: not an annotation file of SKM-TEA ({_one_line(error)}). Fetch it again."
+            ) from error
+
+    def load(path: Path, mask: Path | None, flipped: bool) -> Loaded:
+        echoes = [_checked(_hdf5(path, key), path) for key in ("echo1", "echo2")]
+        if echoes[0].shape != echoes[1].shape:
+            raise VolumeError(f"{path}: the two echoes differ in shape. Fetch it again.")
+        voxels = np.hypot(*echoes).astype(np.float32)
+        classes = None
+        if mask == path:
+            classes = _one_hot(_hdf5(path, "seg"), mapping, path)
+        elif mask is not None:
+            classes = _relabel(_nifti(mask)[0], {0: 0, **{k + 1: c for k, c in mapping.items()}, 5: 0, 6: 0}, mask)
+        if classes is not None and classes.shape != voxels.shape:
+            raise VolumeError(f"{mask}: shape {classes.shape}, but its image has {voxels.shape}. Fetch both again.")
+        affine = _affine("IPR", SKM_TEA_SPACING_MM, voxels.shape)
+        if flipped:
+            voxels = voxels[..., ::-1]
+            classes = None if classes is None else classes[..., ::-1]
+        return voxels, classes, affine
+
+    out = []
+    for path in sorted((root / "image_files").glob("*.h5")):
+        split, subject, flipped = facts.get(path.stem, ("", path.stem, False))
+        masks = [root / "segmentation_masks" / t / f"{path.stem}.nii.gz" for t in ("dicom-track", "raw-data-track")]
+        try:
+            with h5py.File(path, "r") as file:
+                own = path if "seg" in file else next((mask for mask in masks if mask.is_file()), None)
+        except OSError:
+            own = None  # damaged: loading says so
+        classes = CARTILAGES if own else ()
+        out.append(Reading(path.stem, f"skm-tea/{subject}", split, classes, path, partial(load, path, own, flipped)))
+    return out
+
+
+def oai_zib(folder: Path) -> list[Reading]:
+    """OAI-ZIB: ``segmentation_masks/<id>.segmentation_masks.mhd``, with the OAI series of each in ``dicom/<id>``.
+
+    1 femur, 2 FC, 3 tibia, 4 TC; no patella. The masks carry no pose: axis 0 is flipped, the axis with as many entries
+    as there are slices is taken as theirs, and the geometry is that of the series. A result with the femur below the
+    tibia is refused. (In the folder ``classification`` the tibia is 2; it is not read.)
+    """
+
+    def load(mask: Path, series: Path) -> Loaded:
+        voxels, affine = read_dicom(series)
+        raw = _simple_itk(mask)[0].T[::-1]  # (z, y, x), the order in which the flip is meant
+        slices = voxels.shape[2]
+        axis = [i for i in range(3) if raw.shape[i] == slices and sorted(raw.shape) == sorted(voxels.shape)]
+        if not axis:
+            raise VolumeError(
+                f"{mask}: shape {raw.shape}, but the series {series} has {voxels.shape}. Pair the right ones."
+            )
+        rows = np.moveaxis(raw, axis[0], 0)  # (slices, rows, columns)
+        raw = rows.transpose(2, 1, 0)
+        if raw.shape != voxels.shape:
+            raise VolumeError(f"{mask}: rows and columns do not fit the series {series}. Pair the right ones.")
+        if _height(raw == 1, affine) < _height(raw == 3, affine):
+            raise VolumeError(f"{mask}: on the series {series} the femur lies below the tibia. Pair the right ones.")
+        return voxels, _relabel(raw, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2}, mask), affine
+
+    out = []
+    for mask in sorted((folder / "segmentation_masks").glob("*.segmentation_masks.mhd")):
+        name = mask.name.split(".")[0]
+        load_one = partial(load, mask, folder / "dicom" / name)
+        out.append(Reading(f"oai_{name}", f"oai/{name}", "", NO_PATELLA, mask, load_one))
+    return out
+
+
+def _height(mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> float:
+    """The mean height (z of RAS, mm) of a mask; 0 of an empty one."""
+    found = np.argwhere(mask)
+    return float(nib.affines.apply_affine(affine, found.mean(axis=0))[2]) if len(found) else 0.0
+
+
+def ski10(folder: Path) -> list[Reading]:
+    """SKI10: ``image-NNN.mhd`` with ``labels-NNN.mhd``; 1 femur, 2 FC, 3 tibia, 4 TC; no patella."""
+
+    def load(image: Path, label: Path | None) -> Loaded:
+        raw, affine = _simple_itk(image)
+        classes = None
+        if label is not None:
+            drawn, place = _simple_itk(label)
+            if drawn.shape != raw.shape or not _same_place(place, affine, raw.shape):
+                raise VolumeError(f"{label}: another grid than its image {image}. Pair the right files.")
+            classes = _relabel(drawn, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2}, label)
+        return _checked(raw, image), classes, affine
+
+    out = []
+    for image in sorted(folder.glob("image-*.mhd")):
+        label = image.with_name(image.name.replace("image-", "labels-"))
+        known = label if label.is_file() else None
+        own = NO_PATELLA if known else ()
+        name = f"ski10_{image.stem.removeprefix('image-')}"
+        out.append(Reading(name, f"ski10/{name}", "", own, image, partial(load, image, known)))
+    return out
+
+
+#: The binary masks of Open Knee(s): a part of the file's name, and the class.
+OPEN_KNEES_MASKS = (("_FMC_AGS", 1), ("_TBC-M_AGS", 2), ("_TBC-L_AGS", 2), ("_PTC_AGS", 3))
+
+
+def open_knees(folder: Path) -> list[Reading]:
+    """Open Knee(s) (MRI CC BY 4.0, masks CC BY-SA 3.0): ``mri/mri-oksNNN/*.nii``, one binary mask per tissue.
+
+    Every series of a knee is a view of the same subject with the same masks, brought to its grid by their own
+    geometry (they may be cropped). What has no mask was not drawn.
+    """
+
+    def load(image: Path, masks: Mapping[int, Sequence[Path]]) -> Loaded:
+        voxels, affine = _nifti(image)
+        classes = np.zeros(voxels.shape, np.uint8)
+        for c, paths in masks.items():
+            for path in paths:
+                raw, place = _nifti(path)
+                if not np.isin(raw, (0, raw.max())).all():
+                    raise VolumeError(f"{path}: not a mask of two values. Fetch it again.")
+                shares = nib.Nifti1Image((raw > 0).astype(np.float32), place)
+                moved = resample_from_to(shares, (voxels.shape, affine), order=1)
+                classes[np.asarray(moved.dataobj) >= 0.5] = c
+        return voxels, classes, affine
+
+    out = []
+    for knee in sorted(path for path in (folder / "mri").glob("mri-oks*") if path.is_dir()):
+        subject = knee.name.removeprefix("mri-")
+        found = sorted(path for path in folder.rglob(f"{subject}_*.nii*") if "_AGS" in path.name)
+        masks = {c: [p for p in found for part, k in OPEN_KNEES_MASKS if k == c and part in p.name] for c in CARTILAGES}
+        masks = {c: paths for c, paths in masks.items() if paths}
+        for image in sorted(path for path in knee.glob("*.nii*") if path not in found):
+            name = f"{subject}_{image.name.removesuffix('.gz').removesuffix('.nii')}"
+            out.append(Reading(name, f"oks/{subject}", "", tuple(masks), image, partial(load, image, masks)))
+    return out
+
+
+#: 1 femur, 3 tibia, 5 patella, 7 to 9 lesions of bone.
+QUEENSLAND = {0: 0, 1: 0, 2: 1, 3: 0, 4: 2, 5: 0, 6: 3, 7: 0, 8: 0, 9: 0}
+
+
+def oai_queensland(folder: Path) -> list[Reading]:
+    """Label maps of OAI knees (Queensland) without images: ``<OAI id>[_00m|_96m]_*Cartilage*.nii.gz``."""
+    out = []
+    for path in sorted(folder.glob("*Cartilage*.nii.gz")):
+        subject = path.name.split("_")[0]
+        name = path.name.removesuffix(".nii.gz")
+        load = partial(_pair, None, path, QUEENSLAND)
+        out.append(Reading(name, f"oai/{subject}", "", CARTILAGES, path, load))
+    return out
+
+
+def dicom_folder(folder: Path) -> list[Reading]:
+    """One DICOM series in every sub-folder (or in the folder itself), without labels; a folder counts as a person."""
+
+    def load(path: Path) -> Loaded:
+        voxels, affine = read_dicom(path)
+        return voxels, None, affine
+
+    inside = sorted(path for path in folder.rglob("*") if path.is_dir() and _holds_dicom(path))
+    found = [folder] if _holds_dicom(folder) else inside
+    return [
+        Reading(
+            "_".join(p.relative_to(folder).parts) or p.resolve().name,
+            f"dicom/{p.resolve()}",
+            "",
+            (),
+            p,
+            partial(load, p),
+        )
+        for p in found
+    ]
+
+
+def _holds_dicom(folder: Path) -> bool:
+    """Whether some file of a folder begins as DICOM does."""
+    for path in sorted(folder.iterdir())[:50]:
+        if path.is_file() and path.name[0] != ".":
+            with path.open("rb") as file:
+                if file.read(132)[128:] == b"DICM":
+                    return True
+    return False
+
+
+#: By name: the reader, and what tells its layout from the others (the first that fits).
+READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]]] = {
+    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob("imagesT[rs]/oaizib_*.nii.gz"))),
+    "nifti": (nifti_site, lambda f: (f / "imagesTr").is_dir() or (f / "imagesTs").is_dir()),
+    "iwoai": (iwoai, lambda f: any(f.glob("*/*_V0?.im"))),
+    "skm_tea": (skm_tea, lambda f: any(f.glob("image_files/MTR_*.h5")) or any(f.glob("v1-release/image_files/*.h5"))),
+    "oai_zib": (oai_zib, lambda f: any(f.glob("segmentation_masks/*.segmentation_masks.mhd"))),
+    "ski10": (ski10, lambda f: any(f.glob("image-*.mhd"))),
+    "open_knees": (open_knees, lambda f: any(f.glob("mri/mri-oks*"))),
+    "oai_queensland": (oai_queensland, lambda f: any(f.glob("*Cartilage*.nii.gz"))),
+    "dicom": (dicom_folder, lambda f: bool(dicom_folder(f))),
+}
+
+
+def layout(folder: str | Path) -> str | None:
+    """The name of the reader whose layout a folder has; None when it has none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return None
+    return next((name for name, (_, fits) in READERS.items() if fits(folder)), None)
+
+
+def read_set(folder: str | Path, reader: str | None = None) -> list[Reading]:
+    """The volumes of a set in any layout of :data:`READERS`; nothing is loaded yet.
+
+    Raises:
+        VolumeError: a folder in no known layout, an unknown reader, or no volume in it.
+        CohortError: see :func:`cohorts.open_site`.
+    """
+    folder = Path(folder)
+    name = reader or layout(folder)
+    if name not in READERS:
+        what = "in no layout that is known here" if name is None else f"there is no reader {name!r}"
+        raise VolumeError(
+            f"{folder}: {what}. Put images in imagesTr and labels in labelsTr, or see {', '.join(READERS)}."
+        )
+    found = READERS[name][0](folder)
+    if not found:
+        raise VolumeError(f"{folder}: no volume of {name} in it. Check the folder against the set's layout.")
+    return found
+
+
+def subjects(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
+    """The readings by person."""
+    out: dict[str, list[Reading]] = {}
+    for reading in readings:
+        out.setdefault(reading.subject, []).append(reading)
+    return out

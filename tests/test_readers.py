@@ -1,0 +1,337 @@
+"""Every reader on files that the test writes in exactly the set's layout, with the traps of the set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+from fedkd_utils import readers
+from fedkd_utils.transforms import VolumeError
+
+RNG = np.random.default_rng(0)
+
+
+def nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([0.36, 0.36, 0.7, 1]) if affine is None else affine), path)
+    return path
+
+
+def hdf5(path: Path, **arrays: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    return path
+
+
+def metaimage(path: Path, array: np.ndarray, spacing=(0.39, 0.39, 1.0), origin=(3.0, -4.0, 5.0)) -> Path:  # type: ignore[no-untyped-def]
+    """(X, Y, Z) as .mhd with its .raw."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def sagittal_series(folder: Path, volume: np.ndarray, spacing=(0.36, 0.36, 0.7), uid: str | None = None) -> Path:  # type: ignore[no-untyped-def]
+    """(columns, rows, slices): columns run posterior, rows down, slices to the right; file names say nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series, frame = uid or generate_uid(), generate_uid()
+    order = RNG.permutation(volume.shape[2])
+    for k in range(volume.shape[2]):
+        d = pydicom.Dataset()
+        d.file_meta = pydicom.dataset.FileMetaDataset()
+        d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = MRImageStorage
+        d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = generate_uid()
+        d.SeriesInstanceUID, d.StudyInstanceUID, d.FrameOfReferenceUID = series, frame, frame
+        d.Modality, d.PatientID, d.PatientName = "MR", "x", "Nobody"
+        d.InstanceNumber = int(order[k]) + 1
+        d.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+        d.ImagePositionPatient = [10 - spacing[2] * k, -20.0, 30.0]
+        d.PixelSpacing, d.SliceThickness = [spacing[1], spacing[0]], spacing[2]
+        d.Columns, d.Rows = volume.shape[:2]
+        d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
+        d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0
+        d.PixelData = np.ascontiguousarray(volume[:, :, k].T).astype(np.uint16).tobytes()
+        d.save_as(folder / f"{order[k]:04d}", enforce_file_format=True)
+    return folder
+
+
+def grey(shape: tuple[int, ...]) -> np.ndarray:
+    return RNG.integers(1, 1000, shape).astype(np.float32)
+
+
+def one(found: list[readers.Reading], name: str) -> readers.Reading:
+    return next(reading for reading in found if reading.name == name)
+
+
+def codes(affine: np.ndarray) -> str:
+    return "".join(nib.aff2axcodes(affine))
+
+
+# --- DICOM ------------------------------------------------------------
+
+
+def test_dicom_slices_are_ordered_by_place_and_lie_where_the_patient_was(tmp_path: Path) -> None:
+    volume = grey((7, 6, 5))
+    voxels, affine = readers.read_dicom(sagittal_series(tmp_path / "säries one", volume))
+    turned = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
+    assert np.array_equal(turned.get_fdata(), volume.transpose(2, 0, 1)[:, ::-1, ::-1])
+    assert np.allclose(nib.affines.voxel_sizes(affine), (0.36, 0.36, 0.7))
+    place = nib.affines.apply_affine(affine, np.argwhere(voxels == voxels[1, 2, 3])[0])
+    assert np.allclose(place, (-(10 - 0.7 * 3), -(-20 + 0.36 * 1), 30 - 0.36 * 2), atol=1e-4)
+    (reading,) = readers.read_set(tmp_path)
+    assert readers.layout(tmp_path) == "dicom" and reading.classes == () and reading.name == "säries one"
+    assert np.array_equal(reading.load()[0], voxels)  # type: ignore[arg-type]
+
+
+def test_a_missing_or_doubled_slice_and_several_series_are_refused(tmp_path: Path) -> None:
+    volume = grey((7, 6, 5))
+    gap = sagittal_series(tmp_path / "gap", volume)
+    middle = [p for p in gap.iterdir() if abs(pydicom.dcmread(p).ImagePositionPatient[0] - 8.6) < 1e-6]
+    middle[0].unlink()
+    with pytest.raises(VolumeError, match="gap: slices lie 0.70 mm apart, but once 1.40 mm"):
+        readers.read_dicom(gap)
+    double = sagittal_series(tmp_path / "double", volume, uid="1.2.3")
+    for path in sagittal_series(tmp_path / "again", volume, uid="1.2.3").iterdir():
+        path.rename(double / f"x{path.name}")
+    with pytest.raises(VolumeError, match="two slices lie at one place"):
+        readers.read_dicom(double)
+    two = sagittal_series(tmp_path / "two", volume, uid="1.2.4")
+    for path in sagittal_series(tmp_path / "other", volume + 1, uid="1.2.5").iterdir():
+        path.rename(two / f"x{path.name}")
+    with pytest.raises(VolumeError, match="holds 2 series"):
+        readers.read_dicom(two)
+    assert readers.read_dicom(two, "1.2.5")[0].sum() == (volume + 1).sum()
+    with pytest.raises(VolumeError, match=r"no series 9\.9"):
+        readers.read_dicom(two, "9.9")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VolumeError, match="no DICOM image series"):
+        readers.read_dicom(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        readers.read_dicom(tmp_path / "nowhere")
+
+
+# --- sets ------------------------------------------------------------
+
+
+def test_oaizib_cm(tmp_path: Path) -> None:
+    raw = RNG.integers(0, 6, (6, 7, 8)).astype(np.uint8)
+    for number, half in ((1, "Tr"), (405, "Ts")):
+        nifti(tmp_path / f"images{half}" / f"oaizib_{number:03d}_0000.nii.gz", grey(raw.shape))
+        nifti(tmp_path / f"labels{half}" / f"oaizib_{number:03d}.nii.gz", raw)
+    (tmp_path / "kneeSideInfo.csv").write_text("oaizib_001,right\n")
+    facts = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "femur": 1}, "file_ending": ".nii.gz"}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts))
+    assert readers.layout(tmp_path) == "oaizib_cm"
+    found = readers.read_set(tmp_path)
+    assert [(r.name, r.split, r.classes) for r in found] == [
+        ("oaizib_001", "training", (1, 2)),
+        ("oaizib_405", "test", (1, 2)),
+    ]
+    _, label, affine = found[0].load()
+    assert np.array_equal(label, np.array([0, 0, 1, 0, 2, 2])[raw]) and np.allclose(
+        np.diag(affine)[:3], (0.36, 0.36, 0.7)
+    )
+
+
+def channels(shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Random tissue numbers -1 (none) to 5, and their channels."""
+    tissue = RNG.integers(-1, 6, shape)
+    return tissue, (tissue[..., None] == np.arange(6)).astype(np.uint8)
+
+
+def test_iwoai_has_visits_no_spacing_and_no_background_channel(tmp_path: Path) -> None:
+    shape = (9, 8, 5)
+    tissue, seg = channels(shape)
+    for stem in ("train/train_001_V00", "train/train_001_V01", "valid/valid_001_V00", "test/test_001_V00"):
+        hdf5(tmp_path / f"{stem}.im", data=grey(shape))
+        if not stem.startswith("test"):
+            hdf5(tmp_path / f"{stem}.seg", data=seg)
+    found = readers.read_set(tmp_path)
+    assert readers.layout(tmp_path) == "iwoai"
+    assert [r.split for r in found] == ["training", "training", "validation", "test"]
+    assert len(readers.subjects(found)) == 3  # two visits of train_001
+    image, label, affine = found[0].load()
+    assert np.array_equal(label, np.array([1, 2, 2, 3, 0, 0, 0])[tissue]) and found[0].classes == (1, 2, 3)
+    assert np.allclose(nib.affines.voxel_sizes(affine), (0.3646, 0.3646, 0.7)) and codes(affine) == "IPR"
+    assert image is not None and image.dtype == np.float32
+    assert found[3].classes == () and found[3].load()[1] is None
+
+
+def test_skm_tea_has_the_patella_first_and_some_slices_from_right_to_left(tmp_path: Path) -> None:
+    shape = (9, 8, 5)
+    tissue, seg = channels(shape)
+    echoes = {name: {"echo1": grey(shape), "echo2": grey(shape)} for name in ("MTR_001", "MTR_002", "MTR_003")}
+    for name, arrays in echoes.items():
+        hdf5(tmp_path / f"v1-release/image_files/{name}.h5", **arrays, **({} if name == "MTR_003" else {"seg": seg}))
+    nifti(tmp_path / "v1-release/segmentation_masks/dicom-track/MTR_003.nii.gz", (tissue + 1).astype(np.uint8))
+    images = [
+        {"file_name": "MTR_001.h5", "subject_id": "S1", "orientation": ["SI", "AP", "LR"]},
+        {"file_name": "MTR_002.h5", "subject_id": "S1", "orientation": ["SI", "AP", "RL"]},
+    ]
+    notes = tmp_path / "v1-release/annotations/v1.0.0"
+    notes.mkdir(parents=True)
+    (notes / "train.json").write_text(json.dumps({"images": images}))
+    (notes / "test.json").write_text(json.dumps({"images": [{"file_name": "MTR_003.h5"}]}))
+    assert readers.layout(tmp_path) == "skm_tea"
+    found = readers.read_set(tmp_path)
+    assert [(r.name, r.split) for r in found] == [("MTR_001", "training"), ("MTR_002", "training"), ("MTR_003", "test")]
+    assert len(readers.subjects(found)) == 2
+    expected = np.array([3, 1, 2, 2, 0, 0, 0])[tissue]
+    image, label, affine = found[0].load()
+    assert np.array_equal(label, expected) and np.allclose(nib.affines.voxel_sizes(affine), (0.3125, 0.3125, 0.8))
+    assert np.allclose(image, np.hypot(echoes["MTR_001"]["echo1"], echoes["MTR_001"]["echo2"]))
+    flipped, label, _ = found[1].load()
+    assert np.array_equal(label, expected[..., ::-1])
+    assert np.allclose(flipped, np.hypot(*echoes["MTR_002"].values())[..., ::-1])
+    assert np.array_equal(found[2].load()[1], expected)
+    (notes / "val.json").write_text("{")
+    with pytest.raises(VolumeError, match=r"val\.json: not an annotation file"):
+        readers.read_set(tmp_path)
+
+
+@pytest.mark.parametrize("slices_first", [True, False])
+def test_oai_zib_masks_take_their_pose_from_the_series(tmp_path: Path, slices_first: bool) -> None:
+    volume = grey((8, 8, 5))  # columns back, rows down, slices
+    anatomy = np.zeros(volume.shape, np.uint8)
+    anatomy[2:6, :3], anatomy[2:6, 3], anatomy[2:6, 4, :3], anatomy[2:6, 5:] = 1, 2, 4, 3  # femur above, tibia below
+    sagittal_series(tmp_path / "dicom" / "9001104", volume)
+    rows = anatomy.transpose(2, 1, 0)  # (slices, rows, columns)
+    stored = rows[::-1] if slices_first else np.moveaxis(rows, 0, 2)[::-1]
+    mask = tmp_path / "segmentation_masks" / "9001104.segmentation_masks.mhd"
+    metaimage(mask, stored.T, (1, 1, 1), (0, 0, 0))
+    (tmp_path / "classification").mkdir()
+    assert readers.layout(tmp_path) == "oai_zib" and mask.with_suffix(".raw").is_file()
+    (reading,) = readers.read_set(tmp_path)
+    assert (reading.subject, reading.classes) == ("oai/9001104", (1, 2))
+    image, label, affine = reading.load()
+    assert np.array_equal(image, volume) and np.array_equal(label, np.array([0, 0, 1, 0, 2])[anatomy])
+    assert np.allclose(affine, readers.read_dicom(tmp_path / "dicom" / "9001104")[1])
+    metaimage(mask, (rows[:, ::-1][::-1] if slices_first else np.moveaxis(rows[:, ::-1], 0, 2)[::-1]).T)
+    with pytest.raises(VolumeError, match="femur lies below the tibia"):
+        reading.load()
+    metaimage(mask, stored.T[:, :7])
+    with pytest.raises(VolumeError, match="Pair the right ones"):
+        reading.load()
+    mask.with_suffix(".raw").unlink()
+    with pytest.raises(VolumeError, match=r"\.raw file is missing"):
+        reading.load()
+
+
+def test_ski10(tmp_path: Path) -> None:
+    raw = RNG.integers(0, 5, (6, 7, 8)).astype(np.uint8)
+    image = grey(raw.shape)
+    metaimage(tmp_path / "image-001.mhd", image)
+    metaimage(tmp_path / "labels-001.mhd", raw)
+    metaimage(tmp_path / "image-002.mhd", image, (0.4, 0.4, 1.5))
+    assert readers.layout(tmp_path) == "ski10"
+    first, second = readers.read_set(tmp_path)
+    voxels, label, affine = first.load()
+    assert np.array_equal(voxels, image) and np.array_equal(label, np.array([0, 0, 1, 0, 2])[raw])
+    assert first.classes == (1, 2) and second.classes == () and codes(affine) == "LPS"
+    assert np.allclose(affine[:3, 3], (-3, 4, 5)) and np.allclose(nib.affines.voxel_sizes(affine), (0.39, 0.39, 1))
+    metaimage(tmp_path / "labels-001.mhd", raw, (0.4, 0.42, 1.0))
+    with pytest.raises(VolumeError, match="another grid"):
+        first.load()
+    metaimage(tmp_path / "labels-001.mhd", raw + 3)
+    with pytest.raises(VolumeError, match="unknown label values"):
+        first.load()
+
+
+def test_open_knees_masks_are_cropped_and_serve_every_series(tmp_path: Path) -> None:
+    fine, coarse = np.diag([0.35, 0.35, 0.7, 1.0]), np.diag([0.35, 0.35, 2.8, 1.0])
+    coarse[2, 3] = 1.05  # the middle of four fine slices
+    nifti(tmp_path / "mri/mri-oks003/cartilage.nii", grey((20, 20, 16)), fine)
+    nifti(tmp_path / "mri/mri-oks003/pd.nii", grey((20, 20, 4)), coarse)
+    cropped = fine.copy()
+    cropped[:3, 3] = (0.35 * 4, 0.35 * 5, 0.7 * 4)
+    full = np.full((6, 4, 8), 255, np.uint8)
+    nifti(tmp_path / "seg/oks003_FMC_AGS_03.nii", np.pad(full, 1), cropped - 0 * cropped)
+    cropped[1, 3] += 0.35 * 6
+    nifti(tmp_path / "seg/oks003_TBC-M_AGS.nii", np.pad(full, 1), cropped)
+    assert readers.layout(tmp_path) == "open_knees"
+    found = readers.read_set(tmp_path)
+    assert [r.name for r in found] == ["oks003_cartilage", "oks003_pd"] and len(readers.subjects(found)) == 1
+    assert found[0].classes == (1, 2)  # no mask of the patella: not drawn
+    expected = np.zeros((20, 20, 16), np.uint8)
+    expected[5:11, 6:10, 5:13], expected[5:11, 12:16, 5:13] = 1, 2
+    assert np.array_equal(found[0].load()[1], expected)
+    _, low, affine = found[1].load()
+    assert low is not None and np.allclose(affine, coarse) and set(np.unique(low)) == {0, 1, 2}
+    assert np.array_equal(low[:, :, 1] > 0, expected[:, :, 6] > 0) and (low[:, :, 0] == 0).all()
+
+
+def test_oai_label_maps_without_images(tmp_path: Path) -> None:
+    raw = RNG.integers(0, 10, (6, 7, 8)).astype(np.uint8)
+    for visit in ("_00m", "_96m"):
+        nifti(tmp_path / f"9001104{visit}_SAG_3D_DESS_Femur+Tibia+Patella(Cartilage).nii.gz", raw)
+    assert readers.layout(tmp_path) == "oai_queensland"
+    found = readers.read_set(tmp_path)
+    assert len(found) == 2 and len(readers.subjects(found)) == 1 and found[0].subject == "oai/9001104"
+    image, label, _ = found[0].load()
+    assert image is None and np.array_equal(label, np.array([0, 0, 1, 0, 2, 0, 3, 0, 0, 0])[raw])
+
+
+def test_the_courses_own_layout_with_a_label_of_another_grid(tmp_path: Path) -> None:
+    raw = RNG.integers(0, 4, (6, 7, 8)).astype(np.uint8)
+    nifti(tmp_path / "imagesTr/a_0000.nii.gz", grey(raw.shape))
+    nifti(tmp_path / "imagesTr/b_0000.nii.gz", grey(raw.shape))
+    nifti(tmp_path / "labelsTr/a.nii.gz", raw)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labelled_classes": {"a": [1, 3]}}))
+    first, second = readers.read_set(tmp_path)
+    assert first.classes == (1, 3) and second.classes == () and np.array_equal(first.load()[1], raw)
+    nifti(tmp_path / "labelsTr/a.nii.gz", raw, np.diag([1.0, 1, 1, 1]))
+    with pytest.raises(VolumeError, match="another grid than its image"):
+        first.load()
+
+
+# --- faults ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["channels", "values", "text", "key", "nan", "shape"])
+def test_a_bad_hdf5_file_is_refused_by_name(tmp_path: Path, bad: str) -> None:
+    shape = (9, 8, 5)
+    _, seg = channels(shape)
+    image, arrays = grey(shape), {"data": seg}
+    if bad == "channels":
+        arrays = {"data": seg[..., :4]}
+    elif bad == "values":
+        arrays = {"data": seg * 7}
+    elif bad == "key":
+        arrays = {"mask": seg}
+    elif bad == "shape":
+        arrays = {"data": seg[1:]}
+    elif bad == "nan":
+        image[0, 0, 0] = np.nan
+    hdf5(tmp_path / "train/train_001_V00.im", data=image)
+    label = hdf5(tmp_path / "train/train_001_V00.seg", **arrays)
+    if bad == "text":
+        label.write_bytes(b"not hdf5")
+    (reading,) = readers.read_set(tmp_path)
+    with pytest.raises(VolumeError, match=r"train_001_V00\.(seg|im): ") as caught:
+        reading.load()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
+    def refused(words: str, *arguments: Any) -> None:
+        with pytest.raises(VolumeError, match=words):
+            readers.read_set(tmp_path, *arguments)
+
+    refused("no layout that is known")
+    refused("no reader 'fastmri'", "fastmri")
+    refused("no volume of ski10", "ski10")
+    assert readers.layout(tmp_path / "nowhere") is None

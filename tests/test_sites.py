@@ -1,0 +1,435 @@
+"""Own sites: clean ones pass, every fault gets one line that names its file, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_readers import metaimage, sagittal_series
+from test_segment import with_header
+from tiny import TINY
+
+from fedkd_utils import cohorts, experiments, networks, sites
+from fedkd_utils.__main__ import main
+from fedkd_utils.transforms import VolumeError
+
+SPACING = (4.0, 1.2, 1.2)
+SHAPE = (10, 30, 32)
+OWN = replace(TINY, grid_shape=(8, 32, 32))
+
+
+def knee(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Femoral above tibial cartilage, the patella in front: RAS, a few ml each."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(SHAPE, np.uint8)
+    shift = int(rng.integers(0, 3))
+    label[1:9, 6:24, 18 + shift : 22 + shift] = 1
+    label[1:9, 6:24, 12 + shift : 14 + shift] = 2
+    label[2:8, 25:28, 20:26] = 3
+    image = 200 * label + 100 + rng.normal(0, 20, SHAPE)
+    return np.abs(image).astype(np.float32), label
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.diag([*SPACING, 1]) if affine is None else affine), path)
+    return path
+
+
+def hospital(folder: Path, first: int, labelled: int = 4, unlabelled: int = 1) -> Path:
+    for k in range(labelled + unlabelled):
+        image, label = knee(first + k)
+        save(folder / "imagesTr" / f"k{k}_0000.nii.gz", image)
+        if k < labelled:
+            save(folder / "labelsTr" / f"k{k}.nii.gz", label)
+    return folder
+
+
+@pytest.fixture()
+def two(tmp_path: Path) -> Path:
+    """Two hospitals, one with a blank and an umlaut in its name."""
+    hospital(tmp_path / "sites" / "north", 0)
+    hospital(tmp_path / "sites" / "Süd Klinik", 100)
+    return tmp_path / "sites"
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# --- check ------------------------------------------------------------
+
+
+def test_clean_sites_pass(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(two)
+    assert main(["check", str(two)]) == 0
+    shown = capsys.readouterr().out
+    assert "north (nifti): 5 volumes of 5 people" in shown and "Süd Klinik" in shown
+    assert "10 x 30 x 32 (5)" in shown and "RAS (5)" in shown and "0 errors, 0 warnings" in shown
+    assert tree(two) == before
+
+
+def relabel(two: Path, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    path = two / "north/labelsTr/k0.nii.gz"
+    return save(path, change(knee(0)[1]))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty label": (lambda d: relabel(d, lambda x: 0 * x), "label is empty"),
+    "label out of range": (lambda d: relabel(d, lambda x: x + 7), "unknown label values"),
+    "label of another shape": (lambda d: relabel(d, lambda x: x[1:]), "another grid"),
+    "label upside down": (lambda d: relabel(d, lambda x: x[:, :, ::-1]), "upside down"),
+    "label back to front": (lambda d: relabel(d, lambda x: x[:, ::-1]), "back to front"),
+    "label of another place": (
+        lambda d: save(d / "north/labelsTr/k0.nii.gz", knee(0)[1], np.diag([4.0, 1.2, 1.3, 1])),
+        "another grid",
+    ),
+    "label without image": (lambda d: os.remove(d / "north/imagesTr/k0_0000.nii.gz"), "no image of this name"),
+    "truncated": (lambda d: cut(d / "north/imagesTr/k0_0000.nii.gz"), "damaged"),
+    "not NIfTI": (lambda d: (d / "north/imagesTr/k0_0000.nii.gz").write_bytes(gzip.compress(b"x" * 999)), "damaged"),
+    "NaN": (lambda d: save(d / "north/imagesTr/k0_0000.nii.gz", np.full(SHAPE, np.nan, np.float32)), "NaN"),
+    "overflow": (lambda d: save(d / "north/imagesTr/k0_0000.nii.gz", knee(0)[0].astype(np.float64) * 1e300), "NaN"),
+    "constant": (lambda d: save(d / "north/imagesTr/k0_0000.nii.gz", np.ones(SHAPE, np.float32)), "no image in it"),
+    "4D": (lambda d: save(d / "north/imagesTr/k0_0000.nii.gz", np.stack([knee(0)[0]] * 2, -1)), "not a 3D volume"),
+    "complex": (lambda d: save(d / "north/imagesTr/k0_0000.nii.gz", knee(0)[0].astype(np.complex64)), "complex"),
+    "metres": (
+        lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", knee(4)[0], np.diag([4e3, 1.2e3, 1.2e3, 1])),
+        "unit in the header",
+    ),
+    "copy in another site": (
+        lambda d: shutil.copy(d / "north/imagesTr/k1_0000.nii.gz", d / "Süd Klinik/imagesTr/new.nii.gz"),
+        "same voxels",
+    ),
+    "one person at two sites": (
+        lambda d: [(d / s / "dataset.json").write_text('{"subjects": {"k0.nii.gz": 7}}') for s in os.listdir(d)],
+        "same person",
+    ),
+    "bad dataset.json": (lambda d: (d / "north/dataset.json").write_text("{"), "not readable as JSON"),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def unzipped(path: Path, **fields: object) -> None:
+    """Another header in the place of a gzipped file's."""
+    plain = path.with_name(path.name.removesuffix(".gz"))
+    plain.write_bytes(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    with_header(plain, **fields)
+
+
+HEADERS: dict[str, tuple[dict[str, object], str]] = {
+    "zero spacing": ({"pixdim": [1, 0, 1, 1, 0, 0, 0, 0]}, "not three positive numbers"),
+    "negative spacing": ({"pixdim": [1, 1, -2, 1, 0, 0, 0, 0]}, "not three positive numbers"),
+    "no orientation": ({"qform_code": 0, "sform_code": 0}, "no orientation"),
+    "singular": ({"srow_z": 0}, "singular"),
+    "sheared": ({"srow_x": [4, 1.2, 0, 0], "srow_y": [4, 1.21, 0, 0]}, "singular"),
+    "integers that overflow": ({"scl_slope": 3e38, "scl_inter": 0}, "NaN or infinite"),
+    "unknown datatype": ({"datatype": 999}, "damaged"),
+}
+FAULTS |= {
+    name: (lambda d, f=fields: unzipped(d / "north/imagesTr/k0_0000.nii.gz", **f), words)  # type: ignore[misc]
+    for name, (fields, words) in HEADERS.items()
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_that_names_the_file_and_stops_preparing(
+    two: Path, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, words = FAULTS[fault]
+    spoil(two)
+    assert main(["check", str(two)]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    assert words in lines[0] and str(two) in lines[0] and len(lines[0]) < 700
+    before = tree(two.parent)
+    assert main(["prepare", str(two), str(two.parent / "out")]) == 1
+    shown = capsys.readouterr().err.strip()
+    assert shown.startswith("error: ") and words in shown and "\n" not in shown
+    assert tree(two.parent) == before
+
+
+WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "class that is nowhere": (lambda d: relabel(d, lambda x: np.where(x == 3, 0, x)), "has none; see labelled_classes"),
+    "label map as image": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", knee(4)[1]), "grey levels"),
+    "negative": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", knee(4)[0] - 150), "negative"),
+    "a spike": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", spike(knee(4)[0])), "brighter than the rest"),
+    "a folder that is no site": (lambda d: (d / "west" / "images").mkdir(parents=True), "west: in no layout"),
+    "no labels": (lambda d: shutil.rmtree(d / "north/labelsTr"), "no labels"),
+}
+
+
+def spike(image: np.ndarray) -> np.ndarray:
+    image[3, 3, 3] = 1e6
+    return image
+
+
+@pytest.mark.parametrize("kind", WARNINGS)
+def test_what_only_looks_odd_is_a_warning(two: Path, kind: str) -> None:
+    spoil, words = WARNINGS[kind]
+    spoil(two)
+    report = sites.check_sites(two)
+    assert not report.errors and any(words in finding.text for finding in report.findings)
+
+
+def test_big_endian_and_partial_labels_are_fine(two: Path) -> None:
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.int16)
+    image = nib.Nifti1Image(knee(4)[0].astype(np.int16), np.diag([*SPACING, 1]), header)
+    nib.save(image, two / "north/imagesTr/k4_0000.nii.gz")
+    relabel(two, lambda x: np.where(x == 3, 0, x))
+    (two / "north/dataset.json").write_text(json.dumps({"labelled_classes": {"k0": [1, 2]}}))
+    assert not sites.check_sites(two).findings
+
+
+@hypothesis_settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), min_size=1, max_size=10),
+    st.sampled_from(["imagesTr/k0_0000.nii", "labelsTr/k0.nii"]),
+    st.booleans(),
+    st.integers(0, 400),
+)
+def test_damaged_bytes_are_read_or_named_but_never_crash(
+    tmp_path: Path, changes: list[tuple[int, int]], which: str, zipped: bool, lost: int
+) -> None:
+    folder = tmp_path / "sites" / "north"
+    if not folder.exists():
+        hospital(folder, 0, labelled=1, unlabelled=0)
+    good = {path: path.read_bytes() for path in folder.rglob("*.nii.gz")}
+    victim = folder / f"{which}.gz"
+    content = bytearray(gzip.decompress(good[victim]))
+    for place, value in changes:
+        content[place] = value
+    spoiled = bytes(content[: len(content) - lost])
+    target = victim if zipped else folder / which
+    victim.unlink()
+    target.write_bytes(gzip.compress(spoiled, 1) if zipped else spoiled)
+    try:
+        report = sites.check_sites(tmp_path / "sites")
+        for finding in report.findings:
+            assert str(folder) in finding.text and "\n" not in finding.text
+        assert report.errors or report.facts["north"]
+    finally:
+        target.unlink(missing_ok=True)
+        for path, content_before in good.items():
+            path.write_bytes(content_before)
+
+
+def test_folders_without_sites_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("nowhere", "."):
+        assert main(["check", str(tmp_path / name)]) == 1
+    shown = capsys.readouterr().err.splitlines()
+    assert "no such folder" in shown[0] and "no site in it" in shown[1] and len(shown) == 2
+
+
+# --- prepare ------------------------------------------------------------
+
+
+def test_prepared_sites_lie_on_the_grid_with_splits_by_person(two: Path) -> None:
+    settings = OWN
+    ski = two / "ski"
+    for k in range(4):
+        image, label = knee(200 + k)
+        coded = np.array([0, 2, 4, 0], np.uint8)[label]
+        metaimage(ski / f"image-{k:03d}.mhd", image[::-1, ::-1], SPACING)  # stored LPS
+        metaimage(ski / f"labels-{k:03d}.mhd", coded[::-1, ::-1], SPACING)
+    sagittal_series(two / "scans" / "one", np.abs(knee(300)[0].transpose(1, 2, 0)), (1.2, 1.2, 4.0))
+    prepared = sites.prepare_sites(two, two.parent / "out", settings)
+    made = prepared.sites
+    assert [finding.text.split(": ")[1] for finding in prepared.warnings] == [
+        "no labels; a client needs some to train on."
+    ]
+    assert set(made) == {"north", "Süd Klinik", "ski", "scans"}
+    for name in ("north", "Süd Klinik", "ski"):
+        site = made[name]
+        assert [len(getattr(site, s)) for s in ("training", "validation", "test")] == [2, 1, 1]
+        assert len(site.unlabelled) == (0 if name == "ski" else 1)
+        assert len({item.subject for item in site.items}) == len(site.items)
+        for item in site.items:
+            volume = nib.load(item.image)
+            assert volume.shape == settings.grid_shape and np.allclose(volume.header.get_zooms(), SPACING)
+            assert nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+        assert {item.labelled_classes for item in site.training} == {(1, 2) if name == "ski" else (1, 2, 3)}
+    assert len(made["scans"].unlabelled) == 1
+    page = (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
+    assert page.count("<img") == 12 and "Süd Klinik" in page
+    assert not list((two.parent / "out").rglob(".*"))
+    report = sites.check_sites(two.parent / "out")
+    assert not report.errors
+    with pytest.raises(FileExistsError, match="exists already"):
+        sites.prepare_sites(two, two.parent / "out", settings)
+    again = sites.prepare_sites(two, two.parent / "out2", settings)
+    assert [i.name for i in again.sites["north"].test] == [i.name for i in made["north"].test]
+
+
+def test_too_few_people_are_refused(tmp_path: Path) -> None:
+    hospital(tmp_path / "sites" / "small", 0, labelled=2)
+    with pytest.raises(VolumeError, match="2 people with labels are too few"):
+        sites.prepare_sites(tmp_path / "sites", tmp_path / "out", TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["sites"]
+
+
+def test_cartilage_beyond_the_grid_is_reported_and_refused_when_it_is_much(two: Path) -> None:
+    """The knee of 30 x 1.2 mm has its femoral cartilage in the rows 6 to 24, of which a grid of 22 holds 4 to 26."""
+    narrow = replace(OWN, grid_shape=(8, 18, 32))  # holds rows 6 to 24, not the patella at 25 to 28
+    made = sites.prepare_sites(two, two.parent / "out", narrow)
+    label = knee(0)[1]
+    expected = (label[:, 24:].astype(bool) | False).sum() + label[[0, 9]].astype(bool).sum()
+    share = expected / label.astype(bool).sum()
+    assert 0 < share < sites.MOST_OUTSIDE
+    assert f"k0_0000.nii.gz: {share:.0%} of its cartilage lies outside" in made.warnings[0].text
+    assert f"{share:.0%} of its cartilage" in (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
+    with pytest.raises(
+        VolumeError, match="of its cartilage lies outside the common grid; crop the volume to the joint"
+    ):
+        sites.prepare_sites(two, two.parent / "out2", replace(OWN, grid_shape=(4, 16, 16)))
+
+
+def test_two_visits_of_a_person_stay_together(two: Path) -> None:
+    for k, person in enumerate((5, 5, 6, 7, 5)):
+        facts = json.loads((two / "north/dataset.json").read_text()) if k else {"subjects": {}}
+        facts["subjects"][f"k{k}.nii.gz"] = person
+        (two / "north/dataset.json").write_text(json.dumps(facts))
+    for seed in range(4):
+        site = sites.prepare_sites(two, two.parent / f"out{seed}", OWN, seed).sites["north"]
+        parts = [{item.subject for item in part} for part in (site.training, site.validation, site.test)]
+        assert all(parts) and sum(map(len, parts)) == 3 == len(set.union(*parts))
+        assert {item.subject for item in site.unlabelled} <= parts[0]
+        assert sites.open_sites(two.parent / f"out{seed}")
+
+
+FULL = """
+import resource, signal, sys
+from fedkd_utils import sites
+from fedkd_utils.__main__ import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+sys.exit(main(["prepare", sys.argv[1], sys.argv[2]]))
+"""
+
+
+@pytest.mark.parametrize("room", [0, 9_000, 100_000])
+def test_a_disk_without_room_leaves_nothing_and_is_named(two: Path, room: int) -> None:
+    """The system itself refuses to write so much: at the first file, at a later one, and at the preview page."""
+    before, out = tree(two.parent), two.parent / "out"
+    command = [sys.executable, "-c", FULL, str(two), str(out), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot be written (File too large)" in done.stderr and "out" in done.stderr
+    assert tree(two.parent) == before
+
+
+def test_a_place_that_cannot_be_written_is_named(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (two.parent / "file").write_text("")
+    assert main(["prepare", str(two), str(two.parent / "file" / "out")]) == 1
+    assert "file" in capsys.readouterr().err
+
+
+# --- run ------------------------------------------------------------
+
+
+@pytest.fixture()
+def prepared(two: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDKD_CACHE", str(cache))
+    sites.prepare_sites(two, two.parent / "out", OWN)
+    return two.parent / "out"
+
+
+@pytest.mark.parametrize("row", ["fedavg", "dual_kd", "teacher_only", "local_only", "pooled", "fedbn"])
+def test_rows_run_on_own_sites(prepared: Path, row: str) -> None:
+    cohort = sites.open_sites(prepared)
+    result = experiments.run_sites(row, cohort, OWN, show_progress=False)
+    assert result.setting == "own" and set(result.best_round) == {"north", "Süd Klinik"}
+    assert len(result.test) == 2 * 3 * 2  # clients, classes, with and without components
+    assert experiments.comparison_table([result])["Dice"].notna().all()
+    model = experiments.result_folder(result) / "model.safetensors"
+    apart = row in ("local_only", "fedbn")
+    if apart:
+        with pytest.raises(ValueError, match=f"{model.name}: has a model for each of Süd Klinik, north"):
+            experiments.open_model(model)
+    network, settings = experiments.open_model(model, "north" if apart else None)
+    assert settings.grid_shape == OWN.grid_shape and not network.training
+    assert networks.copy_state(network).keys() == experiments.load_models(model)["north"].keys()
+    with pytest.raises(ValueError, match="Name one of them"):
+        experiments.open_model(model, "west")
+
+
+def test_a_repository_of_ones_own_teaches_what_it_labels(prepared: Path) -> None:
+    made = experiments.run_sites("teacher_only", sites.open_sites(prepared), OWN, show_progress=False)
+    hospital(prepared / "repository", 500, labelled=3)
+    (prepared / "repository/dataset.json").write_text(
+        '{"validation": ["imagesTr/k0.nii.gz"], "labelled_classes": [1, 2]}'
+    )
+    cohort = sites.open_sites(prepared)
+    assert cohort.repository.name == "repository" and len(cohort.clients) == 2
+    taught = experiments.run_sites("teacher_only", cohort, OWN, show_progress=False)
+    assert taught.teacher["weights_sha256"] != made.teacher["weights_sha256"]
+    assert set(taught.best_round) == {"north", "Süd Klinik"}
+
+
+def test_a_result_is_made_again_when_a_site_says_another_thing_of_the_same_files(prepared: Path) -> None:
+    first = experiments.run_sites("fedavg", sites.open_sites(prepared), OWN, show_progress=False)
+    again = experiments.run_sites("fedavg", sites.open_sites(prepared), OWN, show_progress=False)
+    assert (again.inputs, again.wall_seconds) == (first.inputs, first.wall_seconds)  # read from its file
+    described = prepared / "north" / "dataset.json"
+    facts = json.loads(described.read_text())
+    facts["labelled_classes"] = {name: [1, 2] for name in facts["labelled_classes"]}
+    described.write_text(json.dumps(facts))
+    second = experiments.run_sites("fedavg", sites.open_sites(prepared), OWN, show_progress=False)
+    assert second.inputs != first.inputs
+    frame = second.test_frame()
+    assert set(frame.loc[frame["client"] == "north", "class"]) == {1, 2}
+    assert set(frame.loc[frame["client"] != "north", "class"]) == {1, 2, 3}
+
+
+def test_sites_need_volumes_to_validate_on(two: Path) -> None:
+    with pytest.raises(ValueError, match="validation volume"):
+        experiments.run_sites("fedavg", sites.open_sites(two), OWN, show_progress=False)
+
+
+def test_from_folders_to_a_label_of_another_volume(
+    two: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a person does with volumes of their own: check, prepare, run, segment."""
+    monkeypatch.setenv("FEDKD_CACHE", str(cache))
+    monkeypatch.setattr("fedkd_utils.__main__.PROFILES", {"quick": OWN})
+    out, new = two.parent / "out", two.parent / "neues Knie.nii.gz"
+    assert main(["check", str(two)]) == main(["prepare", str(two), str(out)]) == 0
+    assert "2 training, 1 unlabelled, 1 validation, 1 test" in capsys.readouterr().out
+    assert main(["run", "--sites", str(out), "--row", "fedavg", "--seed", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "FedAvg" in shown
+    model = Path(shown.splitlines()[0].split(": ", 1)[1]) / "model.safetensors"
+    save(new, knee(77)[0])
+    table = two.parent / "knee.csv"
+    command = ["segment", str(new), "--checkpoint", str(model), "--out", str(two.parent / "l.nii.gz")]
+    assert main([*command, "--table", str(table)]) == 0
+    assert nib.load(two.parent / "l.nii.gz").shape == SHAPE
+    assert table.read_text().splitlines()[0] == "source,cartilage,volume_ml,mean_thickness_mm"
+    assert main(["run", "--row", "fedavg"]) == 1 and "--row belongs to --sites" in capsys.readouterr().err
+
+
+def test_sites_that_are_not_in_the_layout_have_to_be_prepared(two: Path) -> None:
+    metaimage(two / "ski" / "image-001.mhd", knee(1)[0])
+    with pytest.raises(VolumeError, match="Run `prepare` first"):
+        sites.open_sites(two)
+    shutil.rmtree(two / "ski")
+    shutil.copytree(two / "north", two / "west")
+    with pytest.raises(cohorts.CohortError, match="same content twice"):
+        sites.open_sites(two)
