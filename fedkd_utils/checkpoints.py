@@ -31,6 +31,7 @@ FEDERATION_CODE = (
     "training",
     "teacher",
     "objectives",
+    "compression",
     "clients",
     "server",
     "federation",

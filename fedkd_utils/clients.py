@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import transforms
+from fedkd_utils.compression import codec_named, compress
 from fedkd_utils.methods import Method
 from fedkd_utils.networks import (
     State,
     TappedNetwork,
     build_network,
     build_student,
+    check_finite,
     copy_state,
     load_state,
     normalisation_names,
@@ -62,6 +64,7 @@ class Update:
     teacher_state: State | None = None  # only when the teacher travels too (the released code)
     kept: State = field(default_factory=dict)  # what the client keeps for its next round; it never travels
     class_shares: dict[int, float] = field(default_factory=dict)  # see SiteData.class_shares; empty: all are drawn
+    packet: State | None = None  # what travels in the place of ``state`` when updates are compressed
 
 
 def steps_per_round(settings: Settings) -> int:
@@ -168,12 +171,14 @@ def client_update(
         teacher: needed by rows that distil, when ``signals`` are not given or the teacher follows the student.
         signals: of this teacher for this client (:func:`signals_for`); computed here when not given.
         teacher_classes: those that the teacher was taught; None: all.
-        kept: ``Update.kept`` of this client's last round, nothing in the first: the mean teacher, or FedBN's layers.
+        kept: ``Update.kept`` of this client's last round, nothing in the first: the mean teacher, FedBN's layers, or
+            what compression has not delivered yet.
         progress: gets :func:`steps_per_round` steps.
 
     Raises:
         FederationError: the client lacks volumes, or a teacher, that the method needs.
         TrainingError: the loss is no longer finite.
+        CheckpointError: the weights are no longer finite, which compression would hide.
     """
     started = time.thread_time()
     check_site(site, method)
@@ -272,7 +277,13 @@ def client_update(
     if average is not None:
         keeps |= {f"average/{name}": tensor for name, tensor in copy_state(average).items()}
     shared = {name: tensor for name, tensor in trained.items() if name not in local}
-    return Update(site.name, shared, site.examples, parts | times, teacher_state, keeps, site.class_shares)
+    packet: State | None = None
+    if settings.compression is not None:
+        check_finite(shared, f"The update of client {site.name}")  # an integer of 8 bits would hide NaN
+        missing = {name.removeprefix("missing/"): t for name, t in kept.items() if name.startswith("missing/")}
+        packet, shared, missing = compress(shared, global_state, missing, codec_named(settings.compression))
+        keeps |= {f"missing/{name}": tensor for name, tensor in missing.items()}
+    return Update(site.name, shared, site.examples, parts | times, teacher_state, keeps, site.class_shares, packet)
 
 
 def _taught(batch: Batch, signals: TeacherSignals, method: Method) -> Batch:

@@ -79,6 +79,30 @@ def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a.softmax(1) * (a.log_softmax(1) - b.log_softmax(1))).sum(1)
 
 
+def _pairs_won(members: Any, others: Any, tie: float = 0.5) -> float:
+    members, others = np.asarray(members)[:, None], np.asarray(others)[None]
+    return float(((members > others) + tie * (members == others)).mean())
+
+
+def _clip(change: Any, largest_norm: float) -> Any:
+    return change * min(1.0, largest_norm / max(float(np.linalg.norm(change)), 1e-300))
+
+
+def _largest(values: Any, sizes: Any, k: int) -> Any:
+    """The values with the k largest sizes; zero elsewhere."""
+    out = np.zeros_like(values)
+    chosen = np.argsort(-sizes)[:k]
+    out[chosen] = values[chosen]
+    return out
+
+
+def _with_feedback(change: Any, missing: Any, k: int) -> dict[str, Any]:
+    wanted = change + missing
+    sent = _largest(wanted, abs(wanted), k)
+    return {"sent": sent, "missing": wanted - sent}
+
+
+_change, _missing = _rng.normal(size=12), _rng.normal(size=12)
 _peaked = (4 * _logits).softmax(dim=1)
 _wide = 300 * _logits
 _shares = _peaked[0].numpy()  # (C, D, H, W)
@@ -320,6 +344,57 @@ EXERCISES: dict[str, Exercise] = {
             "voxel sizes alone do not say which way an axis runs.": lambda a, i: (
                 np.linalg.norm(a[:3, :3], axis=0) * np.asarray(i) + a[:3, 3]
             ),
+        },
+    ),
+    "auc": Exercise(
+        _pairs_won,
+        [([0.9, 0.4], [0.1, 0.5, 0.3]), ([1.0, 2.0, 2.0], [2.0, 0.0]), ([0.0], [1.0])],
+        {
+            "a tie is half a win, not a whole one.": lambda m, o: _pairs_won(m, o, tie=1.0),
+            "a tie is half a win, not none.": lambda m, o: _pairs_won(m, o, tie=0.0),
+            "count the pairs in which the *member* scores higher.": lambda m, o: _pairs_won(o, m),
+            "that asks only whether the best member beats the best other; compare every pair.": lambda m, o: float(
+                max(m) > max(o)
+            ),
+        },
+    ),
+    "clip_change": Exercise(
+        _clip,
+        [(_change, 1.0), (_change, 100.0), (np.zeros(3), 1.0)],
+        {
+            "a change that is short already stays as it is.": lambda c, s: c * s / max(np.linalg.norm(c), 1e-300),
+            "shorten the whole arrow; cutting each number turns it, and it may still be too long.": lambda c, s: (
+                np.clip(c, -s, s)
+            ),
+            "without any change there is nothing to divide by: 0 / 0 is NaN.": lambda c, s: (
+                c * min(1.0, s / np.linalg.norm(c)) if c.any() else c * np.nan
+            ),
+        },
+    ),
+    "noise_for_rounds": Exercise(
+        lambda noise_multiplier, rounds: noise_multiplier * math.sqrt(rounds),
+        [(1.0, 12), (0.5, 4), (2.0, 1)],
+        {
+            "the divergences of the rounds add up, and each falls with the *square* of the noise.": lambda z, t: z * t,
+            "more rounds need more noise, not less.": lambda z, t: z / math.sqrt(t),
+        },
+    ),
+    "send_largest": Exercise(
+        _with_feedback,
+        [(_change, _missing, 3), (_change, 0 * _missing, 1), (0 * _change, _missing, 12)],
+        {
+            "what is still missing belongs to what is to be sent.": lambda c, e, k: {
+                "sent": (sent := _largest(c, abs(c), k)),
+                "missing": c + e - sent,
+            },
+            "the largest by size: a large negative number matters as much.": lambda c, e, k: {
+                "sent": (sent := _largest(c + e, c + e, k)),
+                "missing": c + e - sent,
+            },
+            "what was missing before and is not sent now is still missing.": lambda c, e, k: {
+                "sent": (sent := _largest(c + e, abs(c + e), k)),
+                "missing": c - sent,
+            },
         },
     ),
 }

@@ -22,6 +22,7 @@ from fedkd_utils.clients import (
     signals_for,
     steps_per_round,
 )
+from fedkd_utils.compression import codec_named
 from fedkd_utils.methods import Method, row_named
 from fedkd_utils.networks import (
     State,
@@ -34,8 +35,8 @@ from fedkd_utils.networks import (
     load_state,
 )
 from fedkd_utils.parallel import side_by_side
-from fedkd_utils.seeds import seed_of
-from fedkd_utils.server import Ledger, group_step, server_step, weighted_mean
+from fedkd_utils.seeds import generator_of, seed_of
+from fedkd_utils.server import Ledger, group_step, private_step, server_step, weighted_mean
 from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import FROZEN, TeacherSignals, TeacherUpdate, blend
 from fedkd_utils.training import (
@@ -256,6 +257,7 @@ def _check_run(
         check_site(site, method)
     if method.needs_teacher and teacher is None:
         raise FederationError(f"{method.title!r} needs a teacher: get one with teacher.teacher_for.")
+    _check_messages(method, method.adapt(settings), sites, teacher_update)
     shrunk = method.adapt(settings).student_shrink != 1
     if shrunk and (method.starts_at_teacher or (method.distils and teacher_update.kind != "frozen")):
         raise FederationError(
@@ -263,6 +265,26 @@ def _check_run(
             f"{method.adapt(settings).student_shrink}."
         )
     return method
+
+
+def _check_messages(
+    method: Method, settings: Settings, sites: Sequence[SiteData], teacher_update: TeacherUpdate
+) -> None:
+    """Refuse compression and noise where they would not do what they say."""
+    private = settings.clip_norm is not None
+    if settings.compression is not None:
+        codec_named(settings.compression)
+    if not method.federated and (private or settings.compression is not None):
+        raise FederationError(f"{method.title!r} sends no update: leave compression and clip_norm at None.")
+    if settings.noise_multiplier is not None and not private:
+        raise FederationError("noise_multiplier needs clip_norm: what is not clipped may change by any amount.")
+    if private and (method.groups or teacher_update.kind == "release"):
+        raise FederationError(f"{method.title!r} sends what clip_norm does not reach: groups, or a trained teacher.")
+    partial = [site.name for site in sites if site.class_shares]
+    if private and partial:
+        raise FederationError(
+            f"clip_norm counts all clients the same, but client {partial[0]} does not draw every class: leave it out."
+        )
 
 
 def _begin(
@@ -293,15 +315,22 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
         return
-    axes = class_axes(build_student(plan.settings, 0))
-    run.students[""] = server_step(run.students[""], updates, axes)
+    settings = plan.settings
+    axes = class_axes(build_student(settings, 0))
+    if settings.clip_norm is None:
+        run.students[""] = server_step(run.students[""], updates, axes)
+    else:
+        noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
+        run.students[""] = private_step(run.students[""], updates, settings.clip_norm, noise, drawn)
     if plan.method.groups:
         run.students |= group_step(updates, plan.seed, number, axes)
     teachers = [update.teacher_state for update in updates if update.teacher_state is not None]
     if teachers:
         run.teacher = weighted_mean(teachers, [update.n_examples for update in updates])
     for update in updates:
-        run.ledger.record(number, "up", update.client, "student", update.state)
+        run.ledger.record(
+            number, "up", update.client, "student", update.state if update.packet is None else update.packet
+        )
         if update.teacher_state is not None:
             run.ledger.record(number, "up", update.client, "teacher", update.teacher_state)
     for site in plan.sites:

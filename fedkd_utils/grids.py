@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedkd_utils.compression import CODECS
 from fedkd_utils.methods import ROWS
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
 from fedkd_utils.teacher import FROZEN, RELEASE, TeacherUpdate
@@ -163,6 +164,18 @@ def _normalisation(profile: Settings) -> list[Point]:
     return _points(["fedavg", "dual_kd"], BOTH, _one_by_one("normalisation", ("batch", "group")))
 
 
+def _compression(profile: Settings) -> list[Point]:
+    """Updates in fewer bytes, with and without memory of what was cut off; whole updates are the rows."""
+    return _points(["fedavg", "dual_kd"], (NEAR,), _one_by_one("compression", CODECS))
+
+
+def _privacy(profile: Settings) -> list[Point]:
+    """Updates clipped, and clipped and blurred; plain ones are the row."""
+    clip = ("clip_norm", 10.0)
+    noises = [(clip, ("noise_multiplier", noise)) for noise in (0.01, 0.03, 0.1)]
+    return _points(["fedavg"], (NEAR,), [(clip,), *noises])
+
+
 def _live(profile: Settings) -> list[Point]:
     """A piece of a run that is small enough for a notebook: FedAvg, two rounds."""
     return _points(["fedavg"], (NEAR,), [(("rounds", 2),)])
@@ -200,6 +213,8 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "distance": _distance,
     "mask": _mask,
     "normalisation": _normalisation,
+    "compression": _compression,
+    "privacy": _privacy,
     "live": _live,
 }
 

@@ -21,6 +21,7 @@ NAMES = (
     "04_federated_averaging",
     "05_distillation",
     "06_dual_distillation",
+    "08_communication_and_privacy",
     "10_your_own_data",
 )
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

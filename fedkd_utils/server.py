@@ -91,6 +91,50 @@ def server_step(
     return aggregate(updates, class_axes)
 
 
+def clipped(change: Mapping[str, Tensor], largest_norm: float) -> State:
+    """A change, made shorter where its norm over all floating tensors together exceeds ``largest_norm``.
+
+    Its direction stays, and a shorter change stays as it is. Integer tensors are left out.
+    """
+    floats = {name: tensor for name, tensor in change.items() if tensor.is_floating_point()}
+    norm = torch.stack([tensor.double().square().sum() for tensor in floats.values()]).sum().sqrt().item()
+    return {name: tensor * min(1.0, largest_norm / max(norm, 1e-300)) for name, tensor in floats.items()}
+
+
+def private_step(
+    global_state: Mapping[str, Tensor],
+    updates: Sequence[Update],
+    clip_norm: float,
+    noise_multiplier: float,
+    generator: torch.Generator,
+) -> State:
+    """theta <- theta + (sum_k clip(theta_k - theta, S) + z S n) / K, n ~ N(0, I): DP-FedAvg, fixed clip.
+
+    (McMahan et al., ICLR 2018, arXiv 1710.06963, algorithm 1, all K clients in every round.) The clients count the
+    same, so that adding or removing one moves the sum by at most S; :func:`disclosure.epsilon` says what the noise is
+    worth. Floating tensors, batch statistics too, get noise; integer counters stay the server's. A server that means
+    it draws ``generator`` from the entropy of its machine, not from a seed.
+
+    Raises:
+        FederationError, CheckpointError: as :func:`aggregate`.
+        ValueError: a norm that is not above 0, or a negative noise.
+    """
+    if not clip_norm > 0 or noise_multiplier < 0:
+        raise ValueError(
+            f"clip_norm must be above 0 and noise_multiplier at least 0, not {clip_norm}, {noise_multiplier}."
+        )
+    ordered = sorted(updates, key=lambda update: update.client)
+    _check_updates(ordered)
+    check_layout(ordered[0].state, global_state, f"The update of client {ordered[0].client}")
+    changes = [clipped({n: u.state[n] - t for n, t in global_state.items()}, clip_norm) for u in ordered]
+    new = {name: tensor.clone() for name, tensor in global_state.items()}
+    for name in changes[0]:
+        noise = torch.randn(new[name].shape, generator=generator, dtype=torch.float64) * (noise_multiplier * clip_norm)
+        total = torch.stack([change[name].double() for change in changes]).sum(dim=0) + noise
+        new[name] = (new[name].double() + total / len(changes)).to(new[name].dtype)
+    return new
+
+
 def random_groups(names: Sequence[str], seed: int, round_number: int) -> list[list[str]]:
     """Clients in random groups of two, or three when their number is odd; new ones in every round.
 
@@ -118,7 +162,8 @@ def group_step(
 class Ledger:
     """One line per message: round, direction ("down" to a client, "up" to the server), client, what, bytes.
 
-    Bytes are those of the tensors. Example counts and scores, some bytes a message, are left out.
+    Bytes are those of the tensors that travel, of a compressed update its packet. Example counts and scores, some
+    bytes a message, are left out.
     """
 
     entries: list[dict[str, Any]] = field(default_factory=list)

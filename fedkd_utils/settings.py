@@ -58,6 +58,10 @@ class Settings:
     proximal_weight: float  # mu of FedProx
     average_decay: float  # of the mean teacher
     confidence: float  # from which probability a pseudo-label counts
+    # What an update becomes before it travels, and what the server does with it; None: nothing.
+    compression: str | None  # a codec of fedkd_utils/compression.py, hospital to server
+    clip_norm: float | None  # S: no client's change counts for more than this norm
+    noise_multiplier: float | None  # z: noise of deviation z S on the sum of the clipped changes
 
 
 QUICK = Settings(
@@ -97,6 +101,9 @@ QUICK = Settings(
     proximal_weight=0.01,
     average_decay=0.99,
     confidence=0.95,
+    compression=None,
+    clip_norm=None,
+    noise_multiplier=None,
 )
 
 

@@ -13,7 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedkd_utils import acquisition, clients, course, losses, metrics, server, teacher, training, transforms
+from fedkd_utils import (
+    acquisition,
+    clients,
+    compression,
+    course,
+    disclosure,
+    losses,
+    metrics,
+    server,
+    teacher,
+    training,
+    transforms,
+)
 from fedkd_utils.exercises import EXERCISES, Exercise
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -131,14 +143,27 @@ def _library(name):
         "hand_over": teacher.blend,
         "poly_learning_rate": training.poly_learning_rate,
         "volume_difference": metrics.vd,
+        "auc": disclosure.auc,
+        "clip_change": lambda change, norm: server.clipped({"w": torch.as_tensor(change)}, norm)["w"],
+        "send_largest": _send_largest,
     }[name]
+
+
+def _send_largest(change, missing, k):
+    """By the federation's own error feedback."""
+    codec = compression.Codec(
+        "", lambda x: compression.to_largest(x, (k + 0.5) / len(change)), compression.from_largest
+    )
+    received, wanted = torch.zeros(len(change), dtype=torch.float64), torch.as_tensor(change)
+    _, seen, lost = compression.compress({"w": wanted}, {"w": received}, {"w": torch.as_tensor(missing)}, codec)
+    return {"sent": seen["w"], "missing": lost["w"]}
 
 
 @pytest.mark.parametrize(
     "name",
     ["spacing_from_affine", "volume_ml", "spin_echo_signal", "dice", "soft_dice_loss", "fedavg", "temperature_softmax"]
     + ["entropy_mask", "feature_kl", "ramp", "hand_over", "poly_learning_rate"]
-    + ["volume_difference"],
+    + ["volume_difference", "auc", "clip_change", "send_largest"],
 )
 def test_a_reference_agrees_with_the_library(name):
     assert course.judge(EXERCISES[name], _library(name)) == "CORRECT"
@@ -155,6 +180,9 @@ def test_the_other_references_in_closed_form():
     far, near = np.array([[0, 0, 0], [3, 0, 0]]), np.array([[0, 0, 0]])  # 3 slices of 4 mm apart, one way only
     assert EXERCISES["hausdorff_mm"].reference(far, near, (4.0, 1.2, 1.2)) == pytest.approx(12)
     assert EXERCISES["teacher_left"].reference([0.5, 0.5]) == pytest.approx(0.25)
+    for noise, rounds in ((1.0, 9), (3.0, 4)):  # so many rounds cost what one costs
+        several = EXERCISES["noise_for_rounds"].reference(noise, rounds)
+        assert disclosure.epsilon(several, rounds, 1e-5) == pytest.approx(disclosure.epsilon(noise, 1, 1e-5), rel=1e-9)
     assert math.isnan(EXERCISES["dice"].reference(np.zeros(3), np.zeros(3), 1))
 
 

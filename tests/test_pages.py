@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from urllib.parse import unquote
 
 import nbformat
 import pytest
@@ -65,7 +66,7 @@ def test_every_link_leads_somewhere(course, soups):
             file, _, anchor = target.partition("#")
             assert (course / (file or name)).exists(), (name, target)
             if anchor:
-                assert soups[file or name].find(id=anchor), (name, target)
+                assert soups[file or name].find(id=unquote(anchor)), (name, target)
 
 
 def test_pages_are_in_a_row(soups):

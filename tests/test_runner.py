@@ -165,6 +165,19 @@ def test_stale_results_are_reported_with_their_reasons_and_made_again_on_demand(
     assert runner.standing([point], other, tmp_path).done
 
 
+def test_a_record_from_before_a_setting_existed_holds_while_that_setting_is_none(cache: Path, tmp_path: Path) -> None:
+    point = POINTS[0]
+    go([point], tmp_path, cache)
+    path = tmp_path / f"{point.name}.json"
+    facts = json.loads(path.read_text())
+    for name in ("compression", "clip_norm", "noise_multiplier"):
+        assert facts["settings"].pop(name) is None
+    path.write_text(json.dumps(facts))
+    assert point in runner.standing([point], TINY, tmp_path).done
+    other = runner.standing([point], replace(TINY, compression="half"), tmp_path)
+    assert other.stale[point] == ["compression was None and is half"]
+
+
 def test_a_point_that_diverges_does_not_stop_the_others(cache: Path, tmp_path: Path) -> None:
     wild = Point("fedavg", "paper_like", 0, (("learning_rate", 1e30),))
     standing, said = go([wild, POINTS[0]], tmp_path, cache)
