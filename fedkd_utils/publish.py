@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ from fedkd_utils.rules import code_cells, fingerprint, problems
 
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
+
+#: What is executed beside a notebook that trains on one core only: they need no more than its cohort.
+BESIDE = {"02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb")}
 
 
 def execute_notebook(
@@ -137,20 +143,36 @@ class _Progress:
 
 
 def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path:
-    """Execute copies of the notebooks in order, write them as HTML under `out`, return the first page."""
+    """Execute copies of the notebooks, write them as HTML under `out`, return the first page.
+
+    In order, but for those of :data:`BESIDE`, which another process executes meanwhile.
+    """
     folder, out = Path(folder), Path(out)
     paths = notebooks_in(folder)
+    copies = {path.name: out / "notebooks" / path.name for path in paths}
     progress = _Progress(len(paths))
-    copies = []
-    for path in paths:
-        copy = out / "notebooks" / path.name
+    begun: dict[str, Future[NotebookNode]] = {}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            for path in paths:
+                for name in BESIDE.get(path.name, ()):
+                    if name in copies:
+                        begun[name] = pool.submit(execute_notebook, folder / name, copies[name], folder=folder)
 
-        def work(path: Path = path, copy: Path = copy) -> NotebookNode:
-            return execute_notebook(path, copy, progress, folder=folder)
+                def work(path: Path = path) -> NotebookNode:
+                    if path.name in begun:
+                        done = begun[path.name].result()
+                        progress(len(code_cells(done)), len(code_cells(done)))
+                        return done
+                    return execute_notebook(path, copies[path.name], progress, folder=folder)
 
-        progress.run(path.stem, work)
-        copies.append(copy)
-    return pages.build(copies, out, folder, "Every notebook was executed on this machine just before.")
+                progress.run(path.stem, work)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()  # a notebook beside the one that failed, with its kernel
+            raise
+    return pages.build(list(copies.values()), out, folder, "Every notebook was executed on this machine just before.")
 
 
 def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list[Path]:

@@ -97,6 +97,24 @@ def test_the_course_runs_in_order_and_reads_offline(tmp_path, capsys):
     assert 'alt="one dot"' in made["01_b.html"] and rules.WIDGET_VIEW not in made["01_b.html"]
 
 
+def test_a_notebook_beside_another_is_executed_once_and_its_error_is_told(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    monkeypatch.setattr(publish, "BESIDE", {"00_a.ipynb": ("02_c.ipynb", "09_not_there.ipynb")})
+    waits = "import pathlib, time\nfor _ in range(200):\n    {}\n    time.sleep(0.1)"
+    write(
+        folder / "00_a.ipynb",
+        waits.format("if pathlib.Path('beside.txt').exists(): break"),
+        "open('beside.txt').read()",
+    )
+    write(folder / "01_b.ipynb", "open('beside.txt').read()")
+    write(folder / "02_c.ipynb", "open('beside.txt', 'a').write('once')")
+    index = publish.run_course(folder, tmp_path / "build" / "course")  # the first waits for what the last writes
+    assert (folder / "beside.txt").read_text() == "once" and (index.parent / "02_c.html").is_file()
+    write(folder / "02_c.ipynb", "1 / 0")
+    with pytest.raises(RuntimeError, match="02_c.ipynb, code cell 1 of 1 failed"):
+        publish.run_course(folder, tmp_path / "build" / "course")
+
+
 def test_alt_text_comes_from_metadata_or_twin():
     def output(metadata, text):
         return new_output("display_data", {"image/png": PNG, "text/plain": text}, metadata=metadata)
