@@ -202,7 +202,7 @@ def _results(arguments: argparse.Namespace) -> None:
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, experiments, live, networks, segment, teacher
+    from fedkd_utils import cohorts, experiments, files, live, segment, teacher
 
     segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
     if arguments.checkpoint:
@@ -219,7 +219,7 @@ def _segment(arguments: argparse.Namespace) -> None:
     )
     print(result.report())
     if arguments.table:
-        networks.write_atomically(arguments.table, result.table().to_csv(index=False).encode())
+        files.write_atomically(arguments.table, result.table().to_csv(index=False).encode())
         print(f"table: {arguments.table}")
     if arguments.preview:
         segment.preview(arguments.volume, result.path, arguments.preview)

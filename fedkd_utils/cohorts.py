@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from tqdm import tqdm
 
 from fedkd_utils import acquisition
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
+from fedkd_utils.files import write_atomically
 from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, SETTINGS_OF_CLIENTS, Settings, cache_folder
 
@@ -280,23 +280,9 @@ def _fill(order: _Order, scan: ScanFunction, folder: Path) -> dict[str, str]:
     sums = {}
     for name, array in ((order.image, made.image), (order.label, made.label)):
         content = _nifti_bytes(array, made.affine)
-        write_file(folder / name, content)
+        write_atomically(folder / name, content)
         sums[name] = hashlib.sha256(content).hexdigest()
     return sums
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write under a temporary name, then rename: nobody ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _fill_all(
@@ -384,9 +370,9 @@ def _build(folder: Path, orders: list[_Order], plan: Plan, scan: ScanFunction, w
     try:
         sums = _fill_all(orders, scan, building, workers, label)
         for name, content in _descriptions(plan).items():
-            write_file(building / name, content)
+            write_atomically(building / name, content)
             sums[name] = hashlib.sha256(content).hexdigest()
-        write_file(building / "checksums.json", json.dumps(sums, indent=1, sort_keys=True).encode())
+        write_atomically(building / "checksums.json", json.dumps(sums, indent=1, sort_keys=True).encode())
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
     except BaseException:
@@ -408,7 +394,7 @@ def _mend(
     _fill_all(again, scan, folder, workers, f"{label}, mending" if label else None)
     for name, content in _descriptions(plan).items():
         if name in damaged:
-            write_file(folder / name, content)
+            write_atomically(folder / name, content)
     return not _damaged(folder, orders)
 
 
@@ -628,7 +614,7 @@ def write_demonstration(folder: Path) -> None:
         made = acquisition.scan(DEMONSTRATION_SUBJECT, SCANNERS[scanner], SCAN_SEED)
         for kind, array in (("knee", made.image), ("label", made.label)):
             content = _nifti_bytes(array, made.affine, levels=4095)
-            write_file(folder / f"{kind}_{name}.nii.gz", content)
+            write_atomically(folder / f"{kind}_{name}.nii.gz", content)
             sums[f"{kind}_{name}.nii.gz"] = hashlib.sha256(content).hexdigest()
     facts = {
         "command": "python -m fedkd_utils demo",
@@ -639,4 +625,4 @@ def write_demonstration(folder: Path) -> None:
         "licence": "Apache-2.0",
         "sha256": sums,
     }
-    write_file(folder / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(folder / "provenance.json", (json.dumps(facts, indent=1) + "\n").encode())

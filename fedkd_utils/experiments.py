@@ -20,6 +20,7 @@ from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
+from fedkd_utils.files import write_atomically
 from fedkd_utils.live import progress_bar
 from fedkd_utils.methods import ROWS, Method, row_named
 from fedkd_utils.networks import (
@@ -31,7 +32,6 @@ from fedkd_utils.networks import (
     load_checkpoint,
     load_state,
     save_checkpoint,
-    write_atomically,
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from fedkd_utils.files import write_atomically
 from fedkd_utils.provenance import state_hash
 from fedkd_utils.seeds import seeded
 from fedkd_utils.settings import CLASS_NAMES, Settings
@@ -395,29 +394,6 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Tensor], metadata: Map
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in state.items()}
     text = json.dumps(dict(metadata), sort_keys=True, allow_nan=False)
     return write_atomically(path, save(tensors, {"fedkd": text, "sha256": _checksum(tensors, text)}))
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Replace a file by new content in one step: a reader or a kill sees the old file or the new one.
-
-    Raises:
-        OSError: the file cannot be written; it names the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file
-            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
-        raise
-    return path
 
 
 def load_checkpoint(path: str | Path) -> tuple[State, dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+from fedkd_utils.files import write_atomically
 
 PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
@@ -25,21 +25,7 @@ def read(path: Path | str) -> NotebookNode:
 
 def write(nb: NotebookNode, path: Path) -> None:
     """Write a notebook, completely or not at all."""
-    write_text(nbformat.writes(nb) + "\n", path)
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write beside and rename, so that `path` is never half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_atomically(path, (nbformat.writes(nb) + "\n").encode())
 
 
 def notebooks_in(folder: Path | str) -> list[Path]:

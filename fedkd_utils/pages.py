@@ -22,8 +22,9 @@ from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pygments.formatters import HtmlFormatter
 
+from fedkd_utils.files import write_atomically
 from fedkd_utils.glossary import anchor
-from fedkd_utils.notebooks import COURSE, NOTEBOOKS, notebooks_in, read, write_text
+from fedkd_utils.notebooks import COURSE, NOTEBOOKS, notebooks_in, read
 from fedkd_utils.rules import MINUTES, PACKAGE, WIDGET_VIEW, alt_text, code_cells
 
 TITLE = "Federated few-shot segmentation of the knee"
@@ -297,14 +298,14 @@ def build(notebooks: Sequence[Path | str], out: Path | str, source: Path | str |
         whole = _whole(page.title, f"{page.body}\n{_neighbours(pages, page)}", _contents(pages, page))
         if found := outside(whole):
             raise ValueError(f"{page.file}: the page is not complete offline: {'; '.join(found[:5])}")
-        write_text(whole, out / page.file)
+        write_atomically(out / page.file, whole.encode())
     known = [section for page in pages for section in sections(page)]
-    write_text(f"window.courseSections = {json.dumps(known, ensure_ascii=False)};\n", out / SECTIONS)
-    write_text((PACKAGE / SCRIPT).read_text(encoding="utf-8"), out / SCRIPT)
+    write_atomically(out / SECTIONS, (f"window.courseSections = {json.dumps(known, ensure_ascii=False)};\n").encode())
+    write_atomically(out / SCRIPT, (PACKAGE / SCRIPT).read_bytes())
     code_style = HtmlFormatter(style="default").get_style_defs(".highlight")
-    write_text(f"{code_style}\n" + (PACKAGE / STYLE).read_text(encoding="utf-8"), out / STYLE)
+    write_atomically(out / STYLE, (f"{code_style}\n" + (PACKAGE / STYLE).read_text(encoding="utf-8")).encode())
     index = out / "index.html"
-    write_text(_whole(TITLE, _index(pages, note), _contents(pages, None)), index)
+    write_atomically(index, _whole(TITLE, _index(pages, note), _contents(pages, None)).encode())
     return index
 
 

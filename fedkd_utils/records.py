@@ -18,9 +18,9 @@ import torch
 from fedkd_utils import cohorts
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.experiments import Result, read_facts
+from fedkd_utils.files import write_atomically
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
-from fedkd_utils.networks import write_atomically
 from fedkd_utils.parallel import default_workers
 from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import CLASS_NAMES, Settings

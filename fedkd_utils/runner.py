@@ -15,9 +15,10 @@ import numpy as np
 
 from fedkd_utils import cohorts, experiments, grids, records, shares, statistics
 from fedkd_utils.device import compute_device, device_title
+from fedkd_utils.files import write_atomically
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
-from fedkd_utils.networks import CheckpointError, write_atomically
+from fedkd_utils.networks import CheckpointError
 from fedkd_utils.provenance import NUMBERS, versions
 from fedkd_utils.records import Record
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from fedkd_utils import figures, readers, transforms
 from fedkd_utils.calibration import sheet_thickness_mm
+from fedkd_utils.files import write_atomically
 from fedkd_utils.metrics import keep_largest_components
-from fedkd_utils.networks import write_atomically
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 from fedkd_utils.transforms import VolumeError
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fedkd_utils import cohorts, figures, readers, segment, transforms
 from fedkd_utils.cohorts import Cohort, Site
-from fedkd_utils.networks import write_atomically
+from fedkd_utils.files import write_atomically
 from fedkd_utils.readers import Loaded, Reading
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 from fedkd_utils.transforms import VolumeError

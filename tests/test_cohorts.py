@@ -292,7 +292,7 @@ def test_script_without_a_main_guard_ends_and_is_told_so(tmp_path: Path) -> None
 
 
 def test_full_disk_names_the_folder_and_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = cohorts.write_file, []
+    original, calls = cohorts.write_atomically, []
 
     def full(path: Path, content: bytes) -> None:
         calls.append(path)
@@ -300,11 +300,11 @@ def test_full_disk_names_the_folder_and_the_remedy(tmp_path: Path, monkeypatch: 
             raise OSError(errno.ENOSPC, "No space left on device")
         original(path, content)
 
-    monkeypatch.setattr(cohorts, "write_file", full)
+    monkeypatch.setattr(cohorts, "write_atomically", full)
     with pytest.raises(CohortError, match="repository-.*No space left.*FEDKD_CACHE"):
         make(tmp_path)
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
-    monkeypatch.setattr(cohorts, "write_file", original)
+    monkeypatch.setattr(cohorts, "write_atomically", original)
     make(tmp_path)
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from torch import nn
 
-from fedkd_utils import cohorts, metrics, networks, segment, transforms
+from fedkd_utils import cohorts, files, metrics, segment, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.settings import QUICK
 
@@ -404,7 +404,7 @@ def test_an_interrupted_write_leaves_the_older_result(tmp_path, monkeypatch):
     def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(networks.os, "fsync", full_disk)  # after the bytes, before the name
+    monkeypatch.setattr(files.os, "fsync", full_disk)  # after the bytes, before the name
     with pytest.raises(OSError, match="No space left.*label.nii.gz"):
         segment.segment_volume(path, Lopsided(), SMALL, out)
     assert out.read_bytes() == b"an older result"
