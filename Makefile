@@ -49,6 +49,7 @@ lab: setup  ## open the course in JupyterLab
 results: setup  ## days: tune every row, run every grid of the reference profile, print the differences; stop any time
 	@$(BIN)/python -m fedkd_utils tune --profile reference
 	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
+	@$(BIN)/python -m fedkd_utils seconds --profile reference
 	@$(BIN)/python -m fedkd_utils results --profile reference
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them

@@ -199,6 +199,7 @@ def _results(arguments: argparse.Namespace) -> None:
     folder = runner.results_folder(PROJECT, settings)
     for name in grids.GRIDS:
         print(runner.report(name, settings, folder, arguments.seed))
+    print(runner.cost_report(settings, folder, arguments.seed))
 
 
 def _segment(arguments: argparse.Namespace) -> None:

@@ -187,6 +187,8 @@ _BEYOND = (
     "combined_kd_recontrasted",
     "teacher_random",
     "finetune_random",
+    "finetune_random_local",
+    "chosen_finetune",
     "dual_kd_random",
     "strong_kd",
     "strong_kd_random",

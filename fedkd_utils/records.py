@@ -84,9 +84,7 @@ def made_with(point: Point, profile: Settings) -> dict[str, Any]:
 
 def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
     """The settings that a record of this point must name."""
-    settings = ROWS[point.row].adapt(point.settings(profile))
-    if ROWS[point.row].pooled:
-        settings = dataclasses.replace(settings, steps_per_epoch=settings.steps_per_epoch * settings.clients)
+    settings = ROWS[point.row].for_run(point.settings(profile))
     facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return facts
 
@@ -194,13 +192,16 @@ def with_seconds(records: Iterable[Record], path: Path) -> list[Record]:
     """The same records with the seconds of :func:`runner.measure_seconds` in the place of those of their runs.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no seconds for a row in it.
+        FileNotFoundError, ValueError: no such file, no seconds for a row in it, or a record of other settings than
+            those that were measured.
     """
     rows = json.loads(path.read_bytes())["rows"]
     return [_with_seconds(record, rows, path) for record in records]
 
 
 def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record:
+    if record.label:
+        raise ValueError(f"{record.row} {record.label}: only rows as they are were timed, not with other settings.")
     if ROWS[record.row].objective is None:
         return record
     if record.row not in rows:

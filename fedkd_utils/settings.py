@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 CLASS_NAMES = ("background", "femoral", "tibial", "patellar")
 CARTILAGES = (1, 2, 3)
@@ -138,6 +142,17 @@ PAPER = replace(
 def any_contrast(settings: Settings) -> Settings:
     """The same with a teacher for images of unknown contrast: every contrast at once takes three times as long."""
     return replace(settings, teacher_contrast="random", teacher_steps=3 * settings.teacher_steps)
+
+
+def entry_named(entries: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of a name.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    if name not in entries:
+        raise ValueError(f"There is no {what} {name!r}: choose one of {', '.join(entries)}.")
+    return entries[name]
 
 
 PROFILES = {settings.name: settings for settings in (QUICK, REFERENCE, PAPER)}

@@ -13,7 +13,7 @@ import torch
 from test_federation import SHAPE, TINY, equal, knees, site
 
 from fedkd_utils import clients, cohorts, federation, losses, metrics, networks, server, teacher, training, transforms
-from fedkd_utils.clients import Update
+from fedkd_utils.clients import FederationError, Update
 from fedkd_utils.methods import ROWS
 from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.settings import PAPER, QUICK
@@ -79,6 +79,21 @@ def test_folding_adds_probabilities() -> None:
     torch.testing.assert_close(folded[:, 1:], p[:, 1:3])
 
 
+def test_the_mask_ends_at_the_entropy_that_a_teacher_of_few_classes_can_have() -> None:
+    """At the end of a run nothing is masked: not by a ceiling below, and not late by one out of reach."""
+    network = networks.build_student(TINY, 0)
+    images, labels = knees(2, 0)
+    for classes, most in ((None, np.log(4)), (NO_PATELLA, np.log(3)), ((1,), np.log(2))):
+        q = torch.full((2, 4, *images.shape[2:]), 0.25)
+        features = network.forward_with_features(images)[1].detach()
+        trusted = {}
+        for entropy in (0.74 * most, 0.76 * most):  # at the start of a run three quarters of the ceiling are trusted
+            h = torch.full((2, *images.shape[2:]), float(entropy))
+            batch = Batch(images, labels, ALL, images, q, h, features, teacher_classes=classes)
+            trusted[entropy] = float(dual_distillation(network, batch, 0.0, TINY)["trusted"])
+        assert list(trusted.values()) == [1.0, 0.0]
+
+
 # --- batches ------------------------------------------------------------
 
 
@@ -94,8 +109,7 @@ def test_classes_follow_their_volumes_into_the_batches() -> None:
         for classes in drawn:
             seen[classes] += 1
     assert set(seen.values()) == {8}  # every volume as often as any other, whatever it labels
-    for same in (ALL, (ALL,) * 3):
-        assert LabelledBatches(images, labels, 2, 1, 0, None, same).classes_of(0) == ALL
+    assert LabelledBatches(images, labels, 2, 1, 0, None, (ALL,) * 3).classes_of(0) == ALL
     assert LabelledBatches(images, labels, 2, 1, 0, None).classes_of(0) is None
 
 
@@ -176,6 +190,8 @@ def test_who_did_not_draw_a_class_has_no_say_in_its_weights() -> None:
     torch.testing.assert_close(averaged["b"], expected)
     torch.testing.assert_close(averaged["w"], expected.expand(2, 4))
     torch.testing.assert_close(averaged["other"], torch.full((3,), mean))
+    with pytest.raises(FederationError, match="say class_axes"):
+        server.aggregate(updates)
     nobody = [replace(update, class_shares={3: 0.0}) for update in updates]
     torch.testing.assert_close(server.aggregate(nobody, axes)["b"], torch.full((4,), mean))
     everybody = [replace(update, class_shares={}) for update in updates]
