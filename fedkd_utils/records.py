@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,13 @@ def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record
         for line in record.result.history
     ]
     return dataclasses.replace(record, result=dataclasses.replace(record.result, history=history))
+
+
+def shared_seeds(runs: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """The same rows, of each the records of those seeds that all of them have, in order."""
+    seeds = set.intersection(*({record.seed for record in found} for found in runs.values())) if runs else set()
+    chosen = {name: sorted((r for r in found if r.seed in seeds), key=lambda r: r.seed) for name, found in runs.items()}
+    return chosen if seeds else {}
 
 
 def by_row(records: Mapping[Point, Record], setting: str | None = None) -> dict[str, list[Record]]:
