@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -161,6 +162,44 @@ def test_a_notebook_beside_another_is_executed_once_and_its_error_is_told(tmp_pa
     write(folder / "02_c.ipynb", "1 / 0")
     with pytest.raises(RuntimeError, match="02_c.ipynb, code cell 1 of 1 failed"):
         publish.run_course(folder, tmp_path / "build" / "course")
+
+
+def test_a_failure_in_front_ends_what_runs_beside_it(tmp_path, monkeypatch):
+    folder, began = tmp_path / "notebooks", time.monotonic()
+    monkeypatch.setattr(publish, "BESIDE", {"00_a.ipynb": ("01_b.ipynb", "02_c.ipynb")})
+    waits = "import pathlib, time\nwhile not pathlib.Path('pid.txt').exists():\n    time.sleep(0.1)\n1 / 0"
+    write(folder / "00_a.ipynb", waits)
+    write(folder / "01_b.ipynb", "import os, time\nopen('pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    write(folder / "02_c.ipynb", "1")
+    with pytest.raises(RuntimeError, match="(?s)00_a.ipynb, code cell 1 of 1 failed.*ZeroDivisionError"):
+        publish.run_course(folder, tmp_path / "out")
+    assert time.monotonic() - began < 60
+    kernel = int((folder / "pid.txt").read_text())
+    while time.monotonic() - began < 90:
+        try:
+            publish.os.kill(kernel, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("the kernel of the notebook beside is still there")
+
+
+def test_a_process_beside_that_dies_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    monkeypatch.setattr(publish, "BESIDE", {"00_a.ipynb": ("01_b.ipynb",)})
+    write(folder / "00_a.ipynb", "1")
+    write(folder / "01_b.ipynb", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    with pytest.raises(RuntimeError, match="01_b.ipynb: its process died"):
+        publish.run_course(folder, tmp_path / "out")
+
+
+def test_what_runs_beside_is_in_the_course_and_comes_later():
+    names = [f"{name}.ipynb" for name in rules.NAMES]
+    for front, beside in publish.BESIDE.items():
+        assert all(names.index(name) > names.index(front) for name in beside)
+    beside = [name for group in publish.BESIDE.values() for name in group]
+    assert len(beside) == len(set(beside)) and not set(beside) & publish.BESIDE.keys()
 
 
 def test_alt_text_comes_from_metadata_or_twin():
