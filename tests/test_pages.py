@@ -124,7 +124,7 @@ def test_the_search_knows_every_heading_and_every_word(course, soups):
         main = copy.copy(soups[name].main)
         here = [s for s in known if s["file"] == name]
         anchors = [h["id"] for h in main.find_all(re.compile("^h[1-6]$"))]
-        assert {s["anchor"] for s in here if s["anchor"]} <= set(anchors)
+        assert [s["anchor"] for s in here] == anchors  # each once, and nothing before the first
         words = " ".join(s["title"] + " " + s["text"] for s in here)
         main.find("nav").extract()
         assert set(main.get_text(" ").split()) <= set(words.split())
@@ -150,6 +150,17 @@ def test_tables_are_mended(tmp_path):
     assert one.find("thead") is None and [td.get_text() for td in one.find_all("td")] == ["x", "y"]
     assert [(th["scope"], th.get_text()) for th in two.find_all("th")] == [("col", "Dice"), ("row", "a")]
     assert not page.find_all("style") and one.parent["tabindex"] == "0" and one.parent["aria-label"] == "Table"
+
+
+def test_the_search_has_one_entry_a_heading_and_none_without_words(tmp_path):
+    def known(text):
+        path = book(tmp_path / "n", "00_a.ipynb", new_markdown_cell(text))
+        pages.build([path], tmp_path / "out")
+        entries = (tmp_path / "out" / "sections.js").read_text().removeprefix("window.courseSections = ")
+        return [(s["anchor"], s["title"], s["text"]) for s in json.loads(entries.rstrip().removesuffix(";"))]
+
+    assert known("# A\n\n## B\n\nOne *two*.") == [("a", "A", ""), ("b", "B", "One two .")]
+    assert known("Before.\n\n## B\n") == [("", "00_a", "Before."), ("b", "B", "")]
 
 
 def test_equal_headings_get_anchors_of_their_own(tmp_path):
