@@ -121,7 +121,7 @@ def alt_text(output: NotebookNode) -> str:
     return str(words).strip()
 
 
-def _texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
+def texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
     """The (kind, text) parts of an output that a reader sees as text."""
     if output.output_type == "stream":
         yield "stream", output.text
@@ -217,7 +217,7 @@ def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
                 yield f"{where}: a widget without a picture or a sentence beside it"
             if "image/svg+xml" in data or _STYLED.search("".join(data.get("text/html", ""))):
                 yield f"{where}: SVG or a styled table, which nbval cannot compare"
-            for kind, text in _texts(output):
+            for kind, text in texts(output):
                 if match := _ABSOLUTE.search(text):
                     yield f"{where}: absolute path {match[0]} in the output"
                 speaks = kind == "stream" or (kind == "text/plain" and "image/png" not in data)
