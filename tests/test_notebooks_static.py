@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 
 import nbformat
@@ -13,7 +12,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from fedkd_utils import rules
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A notebook added to the course is added to rules.NAMES: then it must exist, and every rule below holds for it.
 EXPECTED = [f"{name}.ipynb" for name in rules.NAMES]
 
@@ -25,22 +23,6 @@ def test_the_course_is_complete_and_holds_nothing_else():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_notebook_keeps_the_rules(name):
     assert not rules.problems(nbformat.read(FOLDER / name, as_version=4))
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_links_between_files_lead_somewhere(name):
-    assert not broken_links(nbformat.read(FOLDER / name, as_version=4), FOLDER)
-
-
-def broken_links(nb, folder):
-    """Targets of relative Markdown links that are not there."""
-    found = []
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            for target in MARKDOWN_LINK.findall(cell.source):
-                if "://" not in target and not target.startswith("#") and not (folder / target.split("#")[0]).exists():
-                    found.append(target)
-    return found
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked
@@ -201,9 +183,3 @@ def test_checking_changes_nothing():
     before = copy.deepcopy(nb)
     rules.problems(nb)
     assert nb == before
-
-
-def test_a_broken_link_is_found(tmp_path):
-    (tmp_path / "README.md").touch()
-    text = "[a](README.md#map), [b](https://example.org), [c](#here), [d](02_gone.ipynb), ![e](gone.png)"
-    assert broken_links(new_notebook(cells=[new_markdown_cell(text)]), tmp_path) == ["02_gone.ipynb", "gone.png"]
