@@ -21,7 +21,8 @@ AHEAD = {"07": {"FedBN", "mean teacher", "pseudo-label", "Pareto front"}, "11": 
 KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
 ABBREVIATION = re.compile(r"(?<![\w-])(?:[A-Z]{2,}[0-9]*|[A-Z][0-9]+)(?![\w-])")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
-GREEK = re.compile(r"\\(alpha|beta|gamma|delta|varepsilon|epsilon|eta|lambda|mu|xi|pi|rho|sigma|tau|phi|theta|omega)\b")
+LETTERS = "alpha beta gamma delta varepsilon epsilon eta kappa lambda mu nu xi pi rho sigma tau phi theta omega Delta"
+GREEK = re.compile(rf"\\({LETTERS.replace(' ', '|')})(?![A-Za-z])")
 
 
 def notebooks():
@@ -64,18 +65,55 @@ def test_no_term_is_unused():
     assert set(glossary.unused(notebooks(), TERMS)) == set().union(*AHEAD.values())
 
 
-def test_the_notation_has_every_greek_letter_of_the_notebooks_and_every_name_is_in_the_code():
-    text = (FOLDER / "notation.md").read_text()
-    known = set(GREEK.findall(text))
+def symbols(latex: str) -> set[str]:
+    """The letters of a formula and its indices, without functions and words."""
+    latex = re.sub(r"\\(?:text|mathrm)\{[^}]*\}|_\{?(?:sup|resp|feat|max|global|ch)\b\}?|\bKL\b|\be\^", " ", latex)
+    return set(GREEK.findall(latex)) | set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", latex))
+
+
+def formulas(text: str) -> list[str]:
+    return [a or b for a, b in MATH.findall(text)]
+
+
+def notation() -> list[list[str]]:
+    """The rows of the notation: symbol, meaning, unit, names in the code, notebooks."""
+    lines = (FOLDER / "notation.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| $")]
+
+
+def test_each_symbol_of_a_notebook_is_in_the_notation_with_that_notebook_and_no_other_is():
+    rows = notation()
+    assert {len(row) for row in rows} == {5}
     for name, nb in zip(rules.NAMES, notebooks(), strict=True):
-        math = " ".join(a or b for c in nb.cells if c.cell_type == "markdown" for a, b in MATH.findall(c.source))
-        assert set(GREEK.findall(math)) <= known, name
+        used = set[str]().union(
+            *(symbols(f) for c in nb.cells if c.cell_type == "markdown" for f in formulas(c.source))
+        )
+        here = [row for row in rows if name[:2] in row[4].split(", ")]
+        known = set[str]().union(*(symbols(f) for row in here for f in formulas(f"{row[0]} {row[1]}")))
+        assert used <= known, name
+        named = set[str]().union(*(symbols(f) for row in here for f in formulas(row[0])))
+        assert named <= used, name
+    known = {*(name[:2] for name in rules.NAMES), "shapes"}
+    assert all(set(row[4].split(", ")) <= known for row in rows)
+
+
+def test_the_notation_explains_a_symbol_once_a_notebook_and_group():
+    for group in (FOLDER / "notation.md").read_text().split("\n## ")[1:]:
+        rows = [line.strip("| ").split(" | ") for line in group.splitlines() if line.startswith("| $")]
+        found = [(f, where) for row in rows for f in formulas(row[0]) for where in row[-1].split(", ")]
+        assert len(found) == len(set(found)), group.splitlines()[0]
+
+
+def test_every_name_of_the_notation_is_in_the_code():
     code = "\n".join(p.read_text() for p in (PROJECT / "fedkd_utils").glob("*.py"))
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| $")]
-    assert len(rows) > 25 and {len(row) for row in rows} == {6}
-    for row in rows:
-        for name in re.findall(r"`(\w+)`", row[4]):
-            assert re.search(rf"\b{name}\b", code), name
+    names = [name for row in notation() for name in re.findall(r"`(\w+)`", row[3])]
+    assert len(names) > 25 and [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_symbols_are_read_from_formulas():
+    loss = r"L_{sup} = \frac{1}{2}\,\mathrm{CE}(z, y) + e^{-T_R/T_1} \sum_c \bar q_{cv} \ln\delta"
+    assert symbols(loss) == {*"LzyTRcqv", "delta"}
+    assert symbols(r"KL(a \Vert b), \theta_{global}, \theta_k, |A \cap B|, 127\,x, zS") == {*"abkABxzS", "theta"}
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked
