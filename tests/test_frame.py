@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkd_utils import rules
+from fedkd_utils import notebooks, rules
 from fedkd_utils.__main__ import _parser
 from fedkd_utils.settings import QUICK, SETTINGS_OF_CLIENTS
 
@@ -111,6 +111,31 @@ def test_threads_are_the_same_in_makefile_and_tests():
     makefile = re.search(r"OMP_NUM_THREADS \?= (\d+)", (PROJECT / "Makefile").read_text())
     tests = re.search(r'"OMP_NUM_THREADS", "(\d+)"', (PROJECT / "tests" / "conftest.py").read_text())
     assert makefile and tests and makefile[1] == tests[1]
+
+
+def course_map(text: str) -> list[tuple[str, str, str]]:
+    """The rows of a map of the course: (file, question, minutes); glossary links are taken off the words."""
+    words = re.sub(r"\[([^\]]*)\]\(glossary\.md[^)]*\)", r"\1", text)
+    return re.findall(r"^\| \[[^\]]+\]\((?:notebooks/)?(\d\d_\w+\.ipynb)\) \| (.+?) \| (\d+) \|$", words, re.M)
+
+
+def names_in_map(text: str) -> dict[str, str]:
+    """What a map of the course calls a notebook, by its file."""
+    return {file: name for name, file in re.findall(r"^\| \[([^\]]+)\]\((?:notebooks/)?([^)]+)\)", text, re.M)}
+
+
+def test_the_maps_of_the_course_agree_with_each_other_and_with_the_notebooks():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    books = {f"{name}.ipynb": notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb") for name in rules.NAMES}
+    inside = "\n".join(c.source for c in books["00_start_here.ipynb"].cells if c.cell_type == "markdown")
+    assert [row[0] for row in course_map(readme)] == list(books)
+    assert course_map(inside) == course_map(readme)[1:]  # notebook 00 leaves itself out
+    assert names_in_map(inside).items() <= names_in_map(readme).items()
+    for file, _, minutes in course_map(readme):
+        first = books[file].cells[0].source
+        number, title = re.match(r"# (\d\d) · (.+)", first).groups()
+        assert f"{number} {title}".lower().startswith(names_in_map(readme)[file]), file
+        assert rules.MINUTES.search(first)[1] == minutes, file
 
 
 def untrue(text: str) -> list[str]:

@@ -37,10 +37,11 @@ WORDS = dict(
 WORDS |= dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10), strict=True))
 NUMBER = re.compile(rf"(?i)(?<![\w.])(?:\d+(?:\.\d+)?(?:e-?\d+)?(?!\w)(?: ?%)?|(?:{'|'.join(WORDS)})\b)")
 _LIST = r"\d+(?:(?:, | and | or | to )\d+)*"
-#: A number that names something: a notebook, a part of the paper, a hospital or a round of a story, a licence, a year.
+#: A number that names something: a notebook, a part of the paper, a hospital or a round of a story, a licence, a year;
+#: and the minutes of a notebook, which tests/test_frame.py compares.
 NAMING = re.compile(
     rf"\b(?:notebooks?|figures?|sections?|steps?|rounds?|hospitals?|slices?|BY(?:-[A-Z]+)*) {_LIST}\b(?:\.0)?"
-    r"|\b(?:19|20)\d\d\b|^\| \*\*Time\*\* .*$|^\| \d\d .*$",
+    r"|\b(?:19|20)\d\d\b|^\| \*\*Time\*\* .*$|^\| +\| [^|]+ \| \d+ \|$",
     re.M | re.I,
 )
 #: So many code cells before the prose and after it hold its numbers.
@@ -100,7 +101,7 @@ def book(prose: str, code: str = "", printed: str = "") -> NotebookNode:
         ("## 3 things\n\n$x^2$, `range(7)`, T1, HD95, 3D, [9](a8.md), <b id=4>, 2.5e-3", ["2.5e-3"]),
         ("CC BY-SA 3.0, slice 3, Hospital 4 of 4, Notebooks 01, 02 and 03", ["4"]),
         ("Notebooks count: notebook 03, notebooks 04 to 06, figure 1, steps 3 and 5, round 6 (He et al., 2023).", []),
-        ("| **Time** | 3 minutes |\n| 02 teacher | 3 |\n| rows | 17 |", ["17"]),
+        ("| **Time** | 3 minutes |\n| [02 teacher](x.ipynb) | Where? | 3 |\n| rows | 17 |", ["17"]),
         ("```text\n12\n```\n\nText.\n\n## References\n\n- A. B. *C.* 12, 2019.", []),
     ],
 )
