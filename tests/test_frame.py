@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import subprocess
 import tomllib
 from collections import Counter
@@ -138,29 +139,50 @@ def test_the_maps_of_the_course_agree_with_each_other_and_with_the_notebooks():
         assert rules.MINUTES.search(first)[1] == minutes, file
 
 
+#: What a name with a dot may end in without being a name of the package.
+DATA = r"json|csv|html|png|safetensors|gz"
+
+
+def code_in(text: str) -> list[str]:
+    """What a guide shows as code: each line of a fence, without its comment, and each span."""
+    fence = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.M | re.S)
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for part in fence.findall(text) for line in part.splitlines()]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", fence.sub("", text))]
+    return [*filter(None, lines), *spans]
+
+
+def is_command(words: str) -> bool:
+    """Whether the command line takes these words."""
+    try:
+        _parser().parse_args(shlex.split(words.partition("fedkd_utils")[2]))
+    except SystemExit as error:
+        return error.code == 0  # --help
+    return True
+
+
 def untrue(text: str) -> list[str]:
-    """What a guide names that is not there: files, make targets, commands and options, names of the package."""
-    makefile, parser = (PROJECT / "Makefile").read_text(), _parser()
-    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    """What a guide names that is not there: files, make targets, commands with their options, names of the package."""
+    makefile, package = (PROJECT / "Makefile").read_text(), PROJECT / "fedkd_utils"
     found = []
-    for words in re.findall(r"`([^`]+)`", text.replace("```bash\n", "`").replace("```", "`")):
-        words = words.strip()
-        if make := re.match(r"make ([a-z]+)$", words):
-            there = re.search(rf"^{make[1]}:", makefile, re.M)
-        elif command := re.match(r"(?:\S*/)?python -m fedkd_utils (\w+)(.*)", words):
-            there = command[1] in commands and all(
-                option in commands[command[1]].format_help() for option in re.findall(r"--\w+", command[2])
-            )
+    for words in code_in(text):
+        if make := re.match(r"make ([a-z]+)(?!\S)", words):
+            there = bool(re.search(rf"^{make[1]}:", makefile, re.M))
+        elif re.match(r"(?:\S*/)?python -m fedkd_utils\b", words):
+            there = is_command(words)
         elif script := re.match(r"python (\S+\.py)$", words):
             there = (PROJECT / script[1]).is_file()
-        elif re.fullmatch(r"[\w.-]+(?:/[\w.-]*)+|\w+\.(?:md|toml|yml)", words) and "NN_" not in words:
-            there = (PROJECT / words).exists()
-        elif name := re.fullmatch(r"(\w+)\.(?!json$)(\w+)", words):
-            there = (PROJECT / "fedkd_utils" / f"{name[1]}.py").is_file() and hasattr(
+        elif re.fullmatch(r"\w+\.(?:py|js|css)", words):
+            there = (package / words).is_file()
+        elif re.fullmatch(r"(?:tests|notebooks|data|fedkd_utils)/[\w./-]*|\w+\.(?:md|toml|yml|cff)", words):
+            there = "NN_" in words or words.startswith("data/cache") or (PROJECT / words).exists()
+        elif module := re.fullmatch(r"fedkd_utils\.(\w+)", words):
+            there = (package / f"{module[1]}.py").is_file()
+        elif (name := re.fullmatch(r"(\w+)\.(\w+)", words)) and not re.fullmatch(DATA, name[2]):
+            there = (package / f"{name[1]}.py").is_file() and hasattr(
                 importlib.import_module(f"fedkd_utils.{name[1]}"), name[2]
             )
         elif re.fullmatch(r"[A-Z]{4,}", words):
-            there = any(f"\n{words}" in path.read_text() for path in (PROJECT / "fedkd_utils").glob("*.py"))
+            there = any(f"\n{words}" in path.read_text() for path in package.glob("*.py"))
         else:
             continue
         if not there:
@@ -168,9 +190,20 @@ def untrue(text: str) -> list[str]:
     return found
 
 
-def test_the_guide_names_what_is_there():
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "data/README.md"])
+def test_a_guide_names_what_is_there(name):
+    assert not untrue((PROJECT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", rules.NAMES)
+def test_the_commands_and_files_in_a_notebook_are_there(name):
+    cells = notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb").cells
+    spans = [words for cell in cells if cell.cell_type == "markdown" for words in code_in(cell.source)]
+    assert not untrue("\n".join(f"`{words}`" for words in spans if re.search(r"^make |fedkd_utils|/", words)))
+
+
+def test_the_guide_tells_how_to_add_each_thing():
     text = (PROJECT / "CONTRIBUTING.md").read_text()
-    assert not untrue(text)
     for needed in ("make notebooks", "## A notebook", "## An exercise", "## A row", "## A dataset"):
         assert needed in text
     assert f"at most {rules.MAX_CODE_LINES} lines" in " ".join(text.split())
@@ -179,11 +212,13 @@ def test_the_guide_names_what_is_there():
 @pytest.mark.parametrize(
     "wrong",
     ["make gone", "python -m fedkd_utils gone", "python -m fedkd_utils pages --gone", "python tests/gone.py"]
-    + ["tests/gone.py", "GONE.md", "gone.NAMES", "rules.gone", "GONE"],
+    + ["python -m fedkd_utils run --profile gone", "python -m fedkd_utils segment", "make gone PIP_OPTIONS=x"]
+    + ["tests/gone.py", "GONE.md", "gone.py", "fedkd_utils.gone", "gone.NAMES", "rules.gone", "GONE"],
 )
 def test_a_guide_that_names_what_is_not_there_is_found(wrong):
     assert untrue(f"See `make test`, `rules.problems`, then `{wrong}`.") == [wrong]
-    assert untrue(f"```bash\n{wrong}\n```") == [wrong]
+    assert untrue(f"```bash\nmake test  # first\n{wrong}  # then\nmake lab\n```\n\n`rules.py`") == [wrong]
+    assert untrue(f"1. In a list:\n\n   ```bash\n   {wrong}\n   ```\n") == [wrong]
 
 
 def summaries() -> tuple[str, str]:
