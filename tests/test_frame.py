@@ -221,6 +221,14 @@ def test_a_guide_that_names_what_is_not_there_is_found(wrong):
     assert untrue(f"1. In a list:\n\n   ```bash\n   {wrong}\n   ```\n") == [wrong]
 
 
+def test_the_readme_lists_every_file_of_the_package_once():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| `fedkd_utils/` | holds |") :].split("\n\n")[0]
+    listed = Counter(re.findall(r"`(\w+\.(?:py|js|css))`", table))
+    there = {path.name for path in (PROJECT / "fedkd_utils").iterdir() if path.suffix in (".py", ".js", ".css")}
+    assert listed == Counter(there - {"__init__.py"})
+
+
 def summaries() -> tuple[str, str]:
     """The one-page summary of the README, in English and in Japanese."""
     text = (PROJECT / "README.md").read_text(encoding="utf-8")
