@@ -207,6 +207,8 @@ def test_the_guide_tells_how_to_add_each_thing():
     for needed in ("make notebooks", "## A notebook", "## An exercise", "## A row", "## A dataset"):
         assert needed in text
     assert f"at most {rules.MAX_CODE_LINES} lines" in " ".join(text.split())
+    commands = [words for words in code_in(text) if re.search(r"fedkd_utils (?:tune|run|results|seconds)\b", words)]
+    assert commands and all("--profile reference" in words for words in commands)
 
 
 @pytest.mark.parametrize(
