@@ -16,7 +16,7 @@ from links import broken_links
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fedkd_utils import browser, pages, rules
+from fedkd_utils import pages, rules
 from fedkd_utils.__main__ import main
 from fedkd_utils.notebooks import NOTEBOOKS
 
@@ -236,15 +236,10 @@ def test_a_page_with_an_outside_picture_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- in a real browser
 @pytest.fixture(scope="module")
-def reader(course):
-    try:
-        browser.find_browser()
-    except browser.NoBrowser as error:
-        pytest.skip(str(error))
-    with browser.page_of() as (page, errors):
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
-        yield Reader(page, errors, asked, course)
+def reader(browser_page, course):
+    (page, errors), asked = browser_page, []
+    page.on("request", lambda request: asked.append(request.url))
+    return Reader(page, errors, asked, course)
 
 
 class Reader:
