@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import nbformat
@@ -23,6 +24,16 @@ def test_the_course_is_complete_and_holds_nothing_else():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_notebook_keeps_the_rules(name):
     assert not rules.problems(nbformat.read(FOLDER / name, as_version=4))
+
+
+@pytest.mark.parametrize("name", EXPECTED[1:])
+def test_from_notebook_01_on_one_predicts_meets_a_mistake_and_does_exercises(name):
+    """As the README promises."""
+    cells = nbformat.read(FOLDER / name, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.search(r"\bpredict\b", prose, re.I) and re.search(r"one realistic mistake", prose, re.I)
+    assert re.search(r"by[_ ]hand", "\n".join(cell.source for cell in cells), re.I)
+    assert prose.count("<summary>Solution</summary>") >= 2
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked
