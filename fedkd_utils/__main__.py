@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     def profile(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--profile", choices=list(PROFILES), default="quick", help="which settings (default: quick)")
 
-    command("course", _course, "execute the course in order, write it as HTML, print the comparison")
+    command("course", _course, "execute copies of all notebooks, write them as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
     sub = command("pages", _pages, "write the committed notebooks as HTML pages, without executing anything")

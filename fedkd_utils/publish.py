@@ -1,4 +1,4 @@
-"""Execute the notebooks in one clean run, stamp them, and hand them on to be written as pages."""
+"""Execute the notebooks, each in one clean run, stamp them, and hand them on to be written as pages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
     copies = {path.name: out / "notebooks" / path.name for path in paths}
     progress = _Progress(len(paths))
     begun: dict[str, Future[NotebookNode]] = {}
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             for path in paths:
@@ -161,7 +163,10 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
 
                 def work(path: Path = path) -> NotebookNode:
                     if path.name in begun:
-                        done = begun[path.name].result()
+                        try:
+                            done = begun[path.name].result()
+                        except BrokenProcessPool as error:
+                            raise RuntimeError(f"{path.name}: its process died; is there enough memory?") from error
                         progress(len(code_cells(done)), len(code_cells(done)))
                         return done
                     return execute_notebook(path, copies[path.name], progress, folder=folder)
@@ -169,8 +174,8 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
                 progress.run(path.stem, work)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()  # a notebook beside the one that failed, with its kernel
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # the notebook beside the one that failed; its kernel follows
             raise
     return pages.build(list(copies.values()), out, folder, "Every notebook was executed on this machine just before.")
 
