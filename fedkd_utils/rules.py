@@ -22,7 +22,9 @@ NAMES = (
     "04_federated_averaging",
     "05_distillation",
     "06_dual_distillation",
+    "07_baselines_and_ablations",
     "08_communication_and_privacy",
+    "09_claims_and_cards",
     "10_your_own_data",
 )
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
