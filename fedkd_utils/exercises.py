@@ -496,4 +496,45 @@ EXERCISES: dict[str, Exercise] = {
             ),
         },
     ),
+    "plan_mb": Exercise(
+        lambda message_mb, rounds, up_share: message_mb * (rounds + 1) + message_mb * rounds * up_share,
+        [(2.0, 12, 1.0), (0.12, 4, 0.25), (1.0, 1, 0.0)],
+        {
+            "the first student travels before the first round: one message more goes down than rounds are played.": (
+                lambda message_mb, rounds, up_share: message_mb * rounds * (1 + up_share)
+            ),
+            "only what goes up is made smaller.": lambda message_mb, rounds, up_share: (
+                message_mb * (2 * rounds + 1) * up_share
+            ),
+        },
+    ),
+    "rounds_within": Exercise(
+        lambda budget_mb, message_mb, up_share: math.floor(
+            (budget_mb - message_mb) / (message_mb * (1 + up_share)) + 1e-9
+        ),
+        [(1.5, 0.12, 1.0), (12.0, 2.0, 0.25), (10.0, 1.0, 0.0)],
+        {
+            "the first message is paid for before the first round.": lambda budget_mb, message_mb, up_share: math.floor(
+                budget_mb / (message_mb * (1 + up_share)) + 1e-9
+            ),
+            "a round that is paid for in part is over the budget: round down.": (
+                lambda budget_mb, message_mb, up_share: math.ceil(
+                    (budget_mb - message_mb) / (message_mb * (1 + up_share)) - 1e-9
+                )
+            ),
+        },
+    ),
+    "best_within": Exercise(
+        lambda dice, mb, budget_mb: max(d for d, m in zip(dice, mb, strict=True) if m <= budget_mb),
+        [([0.7, 0.9, 0.8], [0.0, 5.0, 1.5], 1.5), ([0.6, 0.65], [0.0, 0.1], 1.0), ([0.7, 0.5], [0.0, 1.0], 2.0)],
+        {
+            "what costs exactly the budget is within it.": lambda dice, mb, budget_mb: max(
+                d for d, m in zip(dice, mb, strict=True) if m < budget_mb
+            ),
+            "the best of all may be too dear.": lambda dice, mb, budget_mb: max(dice),
+            "the dearest that can be paid need not be the best.": lambda dice, mb, budget_mb: max(
+                (m, d) for d, m in zip(dice, mb, strict=True) if m <= budget_mb
+            )[1],
+        },
+    ),
 }
