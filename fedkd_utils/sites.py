@@ -190,10 +190,13 @@ def _readings(report: Report, site: str, path: Path) -> list[Reading]:
     report.facts[site] = []
     try:
         found = readers.read_set(path)
-        split_by_person(found, path, 0)
     except (ValueError, OSError) as error:
         report.findings.append(Finding("error", one_line(error)))
         return []
+    try:
+        split_by_person(found, path, 0)
+    except VolumeError as error:
+        report.findings.append(Finding("error", str(error)))
     if report.layouts[site] in readers.WITHOUT_IMAGES:
         text = f"{path}: label maps without images. Make images for them with `simulate` first."
         report.findings.append(Finding("error", text))

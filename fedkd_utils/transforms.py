@@ -83,14 +83,13 @@ def read_nifti(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float6
         raise VolumeError(
             f"{path}: damaged or not a NIfTI file ({one_line(error)}). Copy or export it again."
         ) from error
-    voxels = checked_voxels(raw, path)
     affine = np.asarray(image.affine, dtype=np.float64)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or sizes.min() <= 1e-3 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
         raise VolumeError(
             f"{path}: the affine is singular (voxel sizes {by_axis(sizes)} mm). Repair the header's sform/qform."
         )
-    return voxels, affine, header
+    return checked_voxels(raw, path), affine, header
 
 
 def checked_voxels(raw: NDArray[Any], path: Path) -> NDArray[np.float32]:

@@ -70,7 +70,7 @@ def test_a_dicom_series_gives_the_same_label_as_its_nifti_copy(tmp_path: Path, m
     assert table["mean_thickness_mm"][0] == pytest.approx(first.thickness_mm["femoral"]) and pd.isna(
         table["mean_thickness_mm"][1]
     )
-    segment.preview(series, first.path, tmp_path / "p.png")
+    segment.preview(segment.read_volume(series), first.label, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -86,7 +86,7 @@ def test_the_joint_is_where_most_cartilage_is() -> None:
     assert segment.joint_centre(p, (8, 16, 24)) == pytest.approx((9.5, 19.5, 62), abs=4)
     nothing = torch.zeros((4, 4, 6, 8))
     nothing[0] = 1
-    assert segment.joint_centre(nothing, (4, 4, 4)) == (2, 3, 4)
+    assert segment.joint_centre(nothing, (4, 4, 4)) is None
 
 
 @pytest.mark.parametrize("place", [(20, 24, 24), (30, 100, 40), (14, 60, 150)])
@@ -112,6 +112,22 @@ def test_a_knee_in_a_wide_view_is_found_and_what_is_far_from_it_left_out(
     assert np.allclose(found.mean(axis=0), np.array(place) - 0.5, atol=1.5)
     assert result.volumes_ml["femoral"] == pytest.approx(8 * 20 * 20 * 2 / 1000, rel=0.3)
     assert len(torch.cat(looks)) > 20
+
+
+@pytest.mark.parametrize("order", ["RAS", "PIR", "LSA"])
+def test_the_joint_has_a_place_in_the_world(order: str) -> None:
+    """Whatever the order of axes of the file; and none where nothing looks like cartilage."""
+    image = 100 + np.random.default_rng(0).normal(0, 5, (40, 130, 180)).astype(np.float32)
+    place, affine = np.array([12, 90, 40]), np.diag([2.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = (-30, 400, 5)
+    image[8:16, 80:100, 30:50] = 900
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(order))
+    )
+    stored = nib.Nifti1Image(image, affine).as_reoriented(turn)
+    found = segment.locate_joint(np.asarray(stored.dataobj), stored.affine, bright, SMALL)
+    assert found is not None and np.allclose(found, nib.affines.apply_affine(affine, place - 0.5), atol=3)
+    assert segment.locate_joint(np.asarray(stored.dataobj), stored.affine, lambda x: bright(x - 99), SMALL) is None
 
 
 def test_a_narrow_view_is_looked_at_once(tmp_path: Path) -> None:

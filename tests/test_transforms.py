@@ -384,10 +384,10 @@ def test_a_case_is_z_scored_and_goes_back_to_its_file(tmp_path):
     ("fault", "words"),
     [
         ({"label": blob((8, 16, 15))}, "shape"),
-        ({"label_affine": np.diag([4.0, 2.0, 3.0, 1.0])}, "affine differs"),
+        ({"label_affine": np.diag([4.0, 2.0, 3.0, 1.0])}, "another grid than its image"),
         ({"label": blob((8, 16, 16)) * 7}, "unknown label values"),
         ({"image": np.full((8, 16, 16), np.nan, np.float32)}, "NaN"),
-        ({"image": np.full((8, 16, 16), 5.0, np.float32)}, "same value"),
+        ({"image": np.full((8, 16, 16), 5.0, np.float32)}, "no image in it"),
         ({"image": np.zeros((8, 16, 16, 3), np.float32)}, "not a 3D volume"),
         ({"image": np.ones((8, 16, 16), np.complex64)}, "complex"),
     ],
