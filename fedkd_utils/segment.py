@@ -26,7 +26,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from fedkd_utils import figures, readers, transforms
-from fedkd_utils.calibration import sheet_thickness_mm
+from fedkd_utils.calibration import THICK_SLICES_MM, sheet_thickness_mm
 from fedkd_utils.files import write_atomically, zipped
 from fedkd_utils.metrics import keep_largest_components
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
@@ -82,6 +82,8 @@ class Segmentation:
             thick = self.thickness_mm[name]
             mean = "none found" if math.isnan(thick) else f"{thick:.1f} mm thick on average"
             lines.append(f"  {name + ' cartilage':<20}{ml:6.1f} ml  {mean}")
+        if (step := max(transforms.voxel_sizes_mm(self.affine))) >= THICK_SLICES_MM:
+            lines.append(f"  with slices of {step:g} mm the thickness of thin cartilage may be off by half")
         return "\n".join([*lines, f"written: {self.path}"])
 
     def table(self) -> pd.DataFrame:

@@ -193,13 +193,14 @@ def _readings(report: Report, site: str, path: Path) -> list[Reading]:
     except (ValueError, OSError) as error:
         report.findings.append(Finding("error", one_line(error)))
         return []
+    if report.layouts[site] in readers.WITHOUT_IMAGES:
+        text = f"{path}: label maps without images. Make images for them with `simulate` first."
+        report.findings.append(Finding("error", text))
+        return found
     try:
         split_by_person(found, path, 0)
     except VolumeError as error:
         report.findings.append(Finding("error", str(error)))
-    if report.layouts[site] in readers.WITHOUT_IMAGES:
-        text = f"{path}: label maps without images. Make images for them with `simulate` first."
-        report.findings.append(Finding("error", text))
     if held := sum(reading.split in HELD_OUT and not reading.classes for reading in found):
         text = (
             f"{path}: {held} volumes of its own validation or test part have no label. They cannot be scored, and are "
