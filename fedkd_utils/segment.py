@@ -40,6 +40,9 @@ WINDOW_OVERLAP = 0.5
 #: From how many grids along some axis on the joint is looked for first, and how many are then cut out round it.
 WIDE, MARGIN = 1.6, 1.25
 
+#: So much of the cartilage that was seen may lie beyond either end of its extent: specks do not count.
+EDGE_SHARE = 0.05
+
 #: Of a window, as a share of that of the whole volume: a window of nothing but air is not stretched to an image.
 LEAST_SPREAD = 0.1
 
@@ -208,7 +211,7 @@ def joint_in(
 
 
 def joint_centre(probabilities: Tensor, window: tuple[int, int, int]) -> tuple[int, int, int] | None:
-    """Where the joint is: the middle of the cartilage in that window which holds most of it, as voxel (D, H, W).
+    """Where the joint is: the middle of the extent of the cartilage in that window which holds most of it, as voxel.
 
     A few bright voxels anywhere do not make a joint; a window full of probable cartilage does.
 
@@ -226,8 +229,12 @@ def joint_centre(probabilities: Tensor, window: tuple[int, int, int]) -> tuple[i
     best = np.unravel_index(int(held.argmax()), held.shape)
     near = [slice(max(int(k) - n // 2, 0), int(k) + n // 2 + 1) for k, n in zip(best, window, strict=True)]
     part = cartilage[tuple(near)]
-    d, h, w = (round(edge.start + c) for edge, c in zip(near, ndimage.center_of_mass(part), strict=True))
-    return d, h, w
+    middle = []
+    for axis, edge in enumerate(near):
+        along = part.sum(axis=tuple(other for other in range(3) if other != axis)).cumsum()
+        low, high = np.searchsorted(along, (EDGE_SHARE * along[-1], (1 - EDGE_SHARE) * along[-1]))
+        middle.append(edge.start + round(float(low + high) / 2))
+    return middle[0], middle[1], middle[2]
 
 
 def _box_round(
