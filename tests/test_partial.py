@@ -8,16 +8,18 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_federation import SHAPE, TINY, equal, knees, site
 
 from fedkd_utils import clients, cohorts, federation, losses, metrics, networks, server, teacher, training, transforms
 from fedkd_utils.clients import FederationError, Update
+from fedkd_utils.federation import FederationResult
 from fedkd_utils.methods import ROWS
 from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.settings import PAPER, QUICK
-from fedkd_utils.training import LabelledBatches
+from fedkd_utils.training import LabelledBatches, Progress
 from fedkd_utils.transforms import SiteData
 
 ALL, NO_PATELLA = (1, 2, 3), (1, 2)
@@ -282,24 +284,43 @@ def test_a_federation_learns_the_patella_from_the_one_client_that_draws_it() -> 
     assert not scored.isna().any()  # validation volumes of this test have all labels
 
 
+class Killed(BaseException):
+    """As a KeyboardInterrupt: nobody catches it."""
+
+
 @pytest.mark.parametrize("row", ["dual_kd", "ssfl_published", "mean_teacher", "fedbn", "local_only"])
 def test_every_kind_of_row_runs_on_mixed_clients_and_resumes(row: str, tmp_path: Path) -> None:
+    """Killed in its second round and started again, a run reads the first one and ends with the same numbers."""
     mixed = replace(site("south", 1, labelled=3), volume_classes=(ALL, NO_PATELLA, NO_PATELLA))
     blind = without_patella(site("north", 2), True)
     blind.validation = [replace(case, labelled_classes=NO_PATELLA) for case in blind.validation]
     master = teacher.freeze(networks.build_network(TINY, 99))
-    short = replace(TINY, rounds=2)
-    runs = []
-    for folder in (None, tmp_path):
-        result = federation.run_federation(
-            short, row, [mixed, blind], master, 0, folder, teacher_classes=NO_PATELLA if row == "dual_kd" else None
+    checkpoint, notes = tmp_path / "round.safetensors", []
+
+    def run(folder: Path | None, first: SiteData = mixed, progress: Progress | None = None) -> FederationResult:
+        known = NO_PATELLA if row == "dual_kd" else None
+        short = replace(TINY, rounds=2)
+        return federation.run_federation(
+            short, row, [first, blind], master, 0, folder, teacher_classes=known, progress=progress, workers=1
         )
-        runs.append(result)
-    assert all(equal(runs[0].models[name], runs[1].models[name]) for name in runs[0].models)
-    by_client = runs[0].history.groupby("client")["patellar"]
+
+    def kill(steps: int, note: str) -> None:
+        notes.append(note)
+        if checkpoint.is_file():
+            raise Killed
+
+    whole = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, progress=kill)
+    assert not any("read from its checkpoint" in note for note in notes)
+    resumed = run(tmp_path, progress=lambda steps, note: notes.append(note))
+    assert any("round 1 read from its checkpoint" in note for note in notes)
+    assert all(equal(whole.models[name], resumed.models[name]) for name in ("south", "north"))
+    assert resumed.best_round == whole.best_round and resumed.ledger == whole.ledger
+    measured = [name for name in whole.history.columns if not name.endswith("seconds")]
+    pd.testing.assert_frame_equal(resumed.history[measured], whole.history[measured], check_exact=True)
+    by_client = resumed.history.groupby("client")["patellar"]
     assert by_client.count()["south"] == 2 and by_client.count()["north"] == 0
     other = replace(mixed, volume_classes=(ALL, ALL, NO_PATELLA))
     with pytest.raises(federation.FederationError, match="belongs to a run with other"):
-        federation.run_federation(
-            short, row, [other, blind], master, 0, tmp_path, teacher_classes=NO_PATELLA if row == "dual_kd" else None
-        )
+        run(tmp_path, other)
