@@ -27,8 +27,11 @@ from fedkd_utils.rules import code_cells, fingerprint, problems
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
 
-#: What is executed beside a notebook that trains on one core only: they need no more than its cohort.
-BESIDE = {"02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb")}
+#: What is executed beside a notebook that trains on one core only: they need no more than its cohort and its teacher.
+BESIDE = {
+    "02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb"),
+    "03_few_labels.ipynb": ("07_baselines_and_ablations.ipynb", "09_claims_and_cards.ipynb", "12_final_project.ipynb"),
+}
 
 
 def execute_notebook(
