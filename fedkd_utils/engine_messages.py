@@ -51,7 +51,7 @@ class Job:
     row: str
     settings: Settings
     seed: int
-    teacher: str = ""  # hash of the teacher's weights (:func:`provenance.state_hash`); "": the row needs none
+    teacher: str = ""  # hash of the teacher's weights (:func:`provenance.state_hash`); "": the row distils from none
     teacher_classes: tuple[int, ...] | None = None  # that it was taught; None: all
 
     @property
@@ -111,8 +111,8 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise FederationError(f"The engine does not carry this run: {reason}.")
-    if method.needs_teacher != bool(job.teacher):
-        raise FederationError(f"{method.title!r} needs {'a' if method.needs_teacher else 'no'} teacher.")
+    if method.distils != bool(job.teacher):
+        raise FederationError(f"{method.title!r} distils from {'a' if method.distils else 'no'} teacher.")
 
 
 def our_code() -> str:
@@ -140,13 +140,15 @@ def from_arrays(record: ArrayRecord) -> State:
     return state
 
 
-def record(facts: Mapping[str, Any], state: Mapping[str, Tensor] | None = None, **scores: float) -> RecordDict:
+def record(
+    facts: Mapping[str, Any], state: Mapping[str, Tensor] | None = None, numbers: Mapping[str, float] | None = None
+) -> RecordDict:
     """The content of a message: facts as JSON, weights where there are any, numbers where there are any."""
     content = RecordDict({"facts": ConfigRecord({"json": json.dumps(dict(facts), sort_keys=True)})})
     if state is not None:
-        content["student"] = to_arrays(state)
-    if scores:
-        content["scores"] = MetricRecord(dict(scores))
+        content["weights"] = to_arrays(state)
+    if numbers:
+        content["numbers"] = MetricRecord(dict(numbers))
     return content
 
 
@@ -178,9 +180,10 @@ def weights_of(content: RecordDict) -> State:
     return from_arrays(records[0])
 
 
-def scores_of(content: RecordDict) -> dict[str, float]:
+def numbers_of(content: RecordDict) -> dict[str, float]:
     """The numbers of a message, none when it has none."""
-    return {name: float(value) for r in content.metric_records.values() for name, value in r.items()}  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {k: v for part in content.metric_records.values() for k, v in part.items()}
+    return {name: float(value) for name, value in numbers.items() if not isinstance(value, list)}
 
 
 def read_update(content: RecordDict, client: str, examples: int, student: State, began: str) -> Update:
@@ -215,7 +218,7 @@ def read_update(content: RecordDict, client: str, examples: int, student: State,
         if tensor.dtype != student[name].dtype:
             raise CheckpointError(f"{source}: {name} is {tensor.dtype} and not {student[name].dtype}.")
     check_finite(state, source)
-    metrics = {k: v for k, v in scores_of(content).items() if not k.startswith("score ")}
+    metrics = {k: v for k, v in numbers_of(content).items() if not k.startswith("score ")}
     return Update(
         client,
         {name: state[name] for name in student},
@@ -227,7 +230,7 @@ def read_update(content: RecordDict, client: str, examples: int, student: State,
 
 def read_scores(content: RecordDict) -> dict[str, float]:
     """The validation Dice in an answer, mean and by cartilage; NaN where nothing could be measured."""
-    return {k.removeprefix("score "): v for k, v in scores_of(content).items() if k.startswith("score ")}
+    return {k.removeprefix("score "): v for k, v in numbers_of(content).items() if k.startswith("score ")}
 
 
 def payload_bytes(message: Message) -> int:
