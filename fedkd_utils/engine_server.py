@@ -8,7 +8,7 @@ message.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -319,6 +319,3 @@ def _without_error(answer: RecordDict | str) -> RecordDict | str:
     except FederationError as fault:
         return str(fault)
     return str(error)[:500] if error else answer
-
-
-__all__: Sequence[str] = ("Order", "federate")
