@@ -162,6 +162,8 @@ class _Session:
             return
         self.nodes[name], self.examples[name] = node, int(facts["examples"])
         self.data[name] = str(facts["data"])
+        for line in self.report.traffic:  # its greeting was counted before its name was known
+            line["client"] = name if line["client"] == str(node) else line["client"]
         if self.job.teacher and facts.get("teacher") == self.job.teacher:
             self.has_teacher.add(name)
         self.report.note(self.number, name, "joined", f"{facts['examples']} volumes")

@@ -49,7 +49,7 @@ name = "fedkd-hospitals"
 version = "1.0.0"
 description = "Dual distillation over hospitals"
 license = {{ file = "LICENSE" }}
-dependencies = ["flwr==1.41.0"]
+dependencies = ["flwr>=1.41.0,<1.42"]
 
 [tool.hatch.build.targets.wheel]
 packages = ["."]
@@ -223,7 +223,7 @@ class Federation:
             FederationError: the run ended with an error, or not in time.
         """
         path = Path(json.loads(order.read_bytes())["folder"]) / "outcome.json"
-        end, look = time.monotonic() + patience_s, time.monotonic() + 20
+        end, look = time.monotonic() + patience_s, time.monotonic() + 60
         while time.monotonic() < end:
             if path.exists():
                 outcome: dict[str, Any] = json.loads(path.read_bytes())
@@ -231,7 +231,7 @@ class Federation:
                     raise FederationError(outcome["error"])
                 return outcome
             if time.monotonic() > look:  # an app that died writes no outcome
-                look = time.monotonic() + 20
+                look = time.monotonic() + 60
                 if "finished:failed" in self.flwr("list", SUPERLINK, *_JSON) and not path.exists():
                     raise FederationError(f"The server's app failed: see {self.folder / 'logs' / 'superlink.log'}.")
             time.sleep(0.3)
