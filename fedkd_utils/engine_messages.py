@@ -99,8 +99,8 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
     method = job.method
     settings = method.adapt(job.settings)
     reasons = {
-        f"{method.title!r} averages no students: use the simulation": not method.federated or method.objective is None,
         f"{method.title!r} holds all data in one place, which hospitals do not do": method.pooled,
+        f"{method.title!r} averages no students: use the simulation": not method.federated or method.objective is None,
         f"{method.title!r} averages within groups of clients": method.groups,
         f"{method.title!r} chooses a model for each client, which would have to leave it": method.local_normalisation,
         f"a teacher that moves ({teacher_update.kind}) would travel in every round": teacher_update != FROZEN,

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedkd_utils import transforms
@@ -109,13 +110,13 @@ class _Session:
             self.report.count(self.number, names.get(node, str(node)), kind, "down", payload_bytes(message))
             if sent:
                 waiting[sent] = node
-        answers: dict[int, RecordDict | str] = dict.fromkeys(contents, f"no answer within {patience_s:g} s")
+        answers: dict[int, RecordDict | str] = dict.fromkeys(contents, "no answer in time")
         end = time.monotonic() + patience_s
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 self.report.count(self.number, names.get(node, str(node)), kind, "up", payload_bytes(reply))
-                answers[node] = reply.content if reply.has_content() else f"no answer ({reply.error.reason})"
+                answers[node] = reply.content if reply.has_content() else _why(reply.error)
             if waiting:
                 time.sleep(PAUSE_S)
         return {node: _without_error(answer) for node, answer in answers.items()}
@@ -310,6 +311,17 @@ class _Session:
             cpu_seconds=run.cpu_seconds,
             steps=len(run.history) * steps_per_round(self.settings),
         )
+
+
+def _why(error: Error) -> str:
+    """What the engine says in the place of an answer, in our words where there are any."""
+    reasons = {
+        ErrorCode.MESSAGE_UNAVAILABLE: "no answer in time",
+        ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "no answer in time",
+        ErrorCode.NODE_UNAVAILABLE: "no answer: its node is not connected any more",
+        ErrorCode.CLIENT_APP_CRASHED: "no answer: its app was killed",
+    }
+    return reasons.get(error.code, f"no answer: {error.reason}")
 
 
 def _without_error(answer: RecordDict | str) -> RecordDict | str:

@@ -134,12 +134,16 @@ class Federation:
             family = []
         if process.poll() is None:
             process.terminate()
-        _, alive = psutil.wait_procs(family, timeout=patience_s)
-        for one in alive:
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            pass
+        for one in family:  # apps at work, and whatever did not end
             try:
                 one.kill()
             except psutil.NoSuchProcess:
                 pass
+        psutil.wait_procs(family, timeout=patience_s)
         process.wait()
 
     def stop_all(self) -> None:
@@ -216,8 +220,8 @@ class Federation:
         said = self.flwr("run", str(app), SUPERLINK, "--run-config", f"order={json.dumps(str(order))}", *_JSON)
         return int(json.loads(said[said.index("{") :])["run-id"])
 
-    def wait(self, order: Path, patience_s: float) -> dict[str, Any]:
-        """Wait for the outcome of an order that was submitted.
+    def wait(self, order: Path, run: int, patience_s: float) -> dict[str, Any]:
+        """Wait for the outcome of an order that was submitted as a run.
 
         Raises:
             FederationError: the run ended with an error, or not in time.
@@ -232,7 +236,8 @@ class Federation:
                 return outcome
             if time.monotonic() > look:  # an app that died writes no outcome
                 look = time.monotonic() + 60
-                if "finished:failed" in self.flwr("list", SUPERLINK, *_JSON) and not path.exists():
+                said = self.flwr("list", SUPERLINK, "--run-id", str(run), *_JSON)
+                if "finished:failed" in said and not path.exists():
                     raise FederationError(f"The server's app failed: see {self.folder / 'logs' / 'superlink.log'}.")
             time.sleep(0.3)
         raise FederationError(f"No outcome within {patience_s:g} s: see the logs in {self.folder / 'logs'}.")
