@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fedkd_utils.networks import CheckpointError, State, TappedNetwork, load_che
 from fedkd_utils.provenance import code_hash, state_hash
 from fedkd_utils.server import Ledger
 from fedkd_utils.settings import Settings
-from fedkd_utils.teacher import FROZEN, TeacherUpdate
+from fedkd_utils.teacher import TeacherUpdate
 from fedkd_utils.transforms import SiteData
 
 #: Code that a run depends on, besides its teacher's and the definition of its row (:meth:`methods.Method.identity`).
@@ -66,16 +66,18 @@ def fingerprint(
     teacher_classes: tuple[int, ...] | None = None,
 ) -> str:
     """A hash of all that moves a number of a run; a checkpoint of another one is refused."""
-    return fingerprint_of(
-        settings,
-        row,
-        {site.name: data_hash(site) for site in sites},
-        [site.classes_by_volume for site in sites],
-        state_hash(teacher.state_dict()) if teacher is not None else "",
-        seed,
-        teacher_update,
-        teacher_classes,
-    )
+    parts = {
+        "settings": dataclasses.asdict(settings),
+        "row": row,
+        "method": ROWS[row].identity(),
+        "data": {site.name: data_hash(site) for site in sites},
+        "teacher": state_hash(teacher.state_dict()) if teacher is not None else "",
+        "seed": seed,
+        "teacher_update": dataclasses.asdict(teacher_update),
+        "code": code_hash(FEDERATION_CODE),
+        "classes": [teacher_classes, *[site.classes_by_volume for site in sites]],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def data_hash(site: SiteData) -> str:
@@ -84,31 +86,6 @@ def data_hash(site: SiteData) -> str:
     for index, case in enumerate(site.validation):
         tensors[f"validation {index}"] = case.image
     return state_hash(tensors)
-
-
-def fingerprint_of(
-    settings: Settings,
-    row: str,
-    data: Mapping[str, str],
-    classes: Sequence[Sequence[Sequence[int]]],
-    teacher: str,
-    seed: int,
-    teacher_update: TeacherUpdate = FROZEN,
-    teacher_classes: tuple[int, ...] | None = None,
-) -> str:
-    """:func:`fingerprint` from hashes: of each client's volumes (:func:`data_hash`) and of the teacher."""
-    parts = {
-        "settings": dataclasses.asdict(settings),
-        "row": row,
-        "method": ROWS[row].identity(),
-        "data": dict(data),
-        "teacher": teacher,
-        "seed": seed,
-        "teacher_update": dataclasses.asdict(teacher_update),
-        "code": code_hash(FEDERATION_CODE),
-        "classes": [teacher_classes, *classes],
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def save_run(path: Path, fingerprint: str, run: Run) -> None:

@@ -28,7 +28,7 @@ from fedkd_utils.engine_messages import (
     EVALUATE,
     HELLO,
     NO_TEACHER,
-    TEACHER,
+    SEND_TEACHER,
     TRAIN,
     Job,
     check_job,
@@ -78,19 +78,19 @@ def client_app(open_site: OpenSite = site_on_disk, mods: Sequence[Any] = ()) -> 
     """
     app, memory = ClientApp(), _Memory(open_site)
 
-    @app.query("hello")  # type: ignore[untyped-decorator]
+    @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
         return _answer(HELLO, _hello, memory, message, context)
 
-    @app.query("teacher")  # type: ignore[untyped-decorator]
+    @app.query("teacher")
     def teacher(message: Message, context: Context) -> Message:
-        return _answer(TEACHER, _keep_teacher, memory, message, context)
+        return _answer(SEND_TEACHER, _keep_teacher, memory, message, context)
 
-    @app.train(mods=list(mods))  # type: ignore[untyped-decorator]
+    @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         return _answer(TRAIN, _train, memory, message, context)
 
-    @app.evaluate()  # type: ignore[untyped-decorator]
+    @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         return _answer(EVALUATE, _evaluate, memory, message, context)
 

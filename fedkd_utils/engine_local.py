@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedkd_utils.engine_client import client_app
+from fedkd_utils.settings import Settings
 from fedkd_utils.transforms import SiteData
 
 
@@ -75,5 +77,8 @@ class LocalGrid(Grid):
 
 def local_grid(sites: Sequence[SiteData], folder: Path, mods: Sequence[Any] = ()) -> LocalGrid:
     """A grid of hospitals whose volumes lie in memory; their nodes keep their files in ``folder``."""
-    apps = [client_app(lambda context, settings, site=site: site, mods) for site in sites]  # type: ignore[misc]
-    return LocalGrid(apps, folder)
+    return LocalGrid([client_app(partial(_in_memory, site), mods) for site in sites], folder)
+
+
+def _in_memory(site: SiteData, context: Context, settings: Settings) -> SiteData:
+    return site

@@ -35,7 +35,7 @@ from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, Settings
 from fedkd_utils.teacher import FROZEN, TeacherUpdate
 
-HELLO, TEACHER, TRAIN, EVALUATE = "query.hello", "query.teacher", "train", "evaluate"
+HELLO, SEND_TEACHER, TRAIN, EVALUATE = "query.hello", "query.teacher", "train", "evaluate"
 
 #: The code whose digits a server and a hospital must share.
 ENGINE_CODE = (*FEDERATION_CODE, "methods", "engine_messages", "engine_client")

@@ -16,8 +16,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedkd_utils import experiments
 from fedkd_utils.clients import FederationError
+from fedkd_utils.engine_connections import Order
 from fedkd_utils.engine_messages import Job, check_job
-from fedkd_utils.engine_server import Order, federate
+from fedkd_utils.engine_server import federate
 from fedkd_utils.files import write_atomically
 from fedkd_utils.networks import State, load_checkpoint, save_checkpoint
 from fedkd_utils.training import TrainingError
@@ -59,7 +60,7 @@ def read_order(path: Path) -> tuple[Order, State | None]:
 app = ServerApp()
 
 
-@app.main()  # type: ignore[untyped-decorator]
+@app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the order that the engine's run configuration names; leave the model and ``outcome.json`` in its folder."""
     order, teacher = read_order(Path(str(context.run_config["order"])))

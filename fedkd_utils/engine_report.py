@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from fedkd_utils.files import write_atomically
 class Report:
     """The events of a run in order, and one line for each message with its bytes on the way."""
 
-    mark: str  # of the job and the clients' data
+    mark: str  # of the job and the code
     events: list[dict[str, Any]] = field(default_factory=list)  # round, client ("" for all), what, why
     traffic: list[dict[str, Any]] = field(default_factory=list)  # round, client, message, direction, bytes
+    data: dict[str, str] = field(default_factory=dict)  # hash of each client's volumes when it joined first
 
     def note(self, round_number: int, client: str, what: str, why: str = "") -> None:
         """Add an event."""
@@ -60,8 +61,7 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        facts = {"mark": self.mark, "events": self.events, "traffic": self.traffic}
-        write_atomically(path, json.dumps(facts, indent=1).encode())
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=1).encode())
 
     @classmethod
     def read(cls, path: Path, mark: str) -> Report:
@@ -69,11 +69,7 @@ class Report:
         try:
             facts = json.loads(path.read_bytes())
             if facts["mark"] == mark:
-                return cls(mark, facts["events"], facts["traffic"])
+                return cls(**facts)
         except (OSError, ValueError, KeyError, TypeError):
             pass
         return cls(mark)
-
-    def clients(self) -> Sequence[str]:
-        """The names of those who joined."""
-        return sorted({client for _, client, _ in self.happened("joined")})

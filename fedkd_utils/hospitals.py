@@ -22,10 +22,21 @@ from typing import Any
 
 import psutil
 
+from fedkd_utils import cohorts, networks, teacher
 from fedkd_utils.clients import FederationError
+from fedkd_utils.engine_connections import Order
+from fedkd_utils.engine_messages import Job, our_code
+from fedkd_utils.engine_orders import write_order
+from fedkd_utils.engine_report import Report
 from fedkd_utils.hospital_keys import write_certificates, write_node_key
+from fedkd_utils.methods import row_named
+from fedkd_utils.networks import State
+from fedkd_utils.provenance import state_hash
+from fedkd_utils.settings import Settings
 
 HOST = "127.0.0.1"
+
+_JSON = ("--format", "json")
 
 #: Named in Flower's configuration.
 SUPERLINK = "hospitals"
@@ -243,9 +254,6 @@ class Federation:
         raise FederationError(f"No outcome within {patience_s:g} s: see the logs in {self.folder / 'logs'}.")
 
 
-_JSON = ("--format", "json")
-
-
 @contextmanager
 def federation(folder: Path, clientapp: str = "fedkd_utils.engine_client:app") -> Iterator[Federation]:
     """A federation whose processes are gone when the block ends, also by Ctrl-C or a polite kill."""
@@ -266,3 +274,39 @@ def federation(folder: Path, clientapp: str = "fedkd_utils.engine_client:app") -
             made.stop_all()
         finally:
             signal.signal(signal.SIGINT, ignored)
+
+
+def three_hospitals(row: str, settings: Settings, seed: int, folder: Path) -> str:
+    """Run a row over the first three clients of a made cohort, each a SuperNode of its own, and say what happened.
+
+    The run stays in ``folder``: the same call goes on with a run that was stopped. Keys and certificates are made for
+    one sitting and are deleted after it.
+
+    Raises:
+        ValueError, FederationError: see :func:`engine_server.federate`.
+    """
+    cohort = cohorts.make_cohort(settings, "heterogeneous", seed)
+    folders = {site.name: site.folder for site in cohort.clients[:3]}
+    method = row_named(row)
+    state: State | None = None
+    if method.distils:
+        taught = teacher.teacher_on(cohorts.make_repository(settings, settings.teacher_contrast), settings, seed)
+        state = networks.copy_state(taught.network)
+    job = Job(row, settings, seed, state_hash(state) if state is not None else "")
+    order = Order(job, tuple(folders), folder / f"run-{job.mark}", least=2, patience_s=900.0)
+    path = write_order(folder / f"order-{job.mark}.json", order, state)
+    try:
+        with federation(folder) as made:
+            made.start_superlink()
+            for name, data in folders.items():
+                made.register(name)
+                made.start_node(name, data)
+            print(f"SuperLink and {len(folders)} SuperNodes run on {HOST}; logs: {folder / 'logs'}", flush=True)
+            made.wait(path, made.submit(path), 24 * 3600.0)
+    finally:
+        for name in ("secrets", "flwr", "app"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for file in folder.glob("superlink.db*"):
+            file.unlink()
+    noted = order.folder / "report.json"
+    return f"{Report.read(noted, f'{job.mark} {our_code()}').text()}\nmodel: {order.folder / 'model.safetensors'}"

@@ -17,11 +17,12 @@ from test_federation import SITES, TEACHER, TINY, equal, numbers
 
 from fedkd_utils import engine_client, federation
 from fedkd_utils.clients import FederationError
+from fedkd_utils.engine_connections import Order
 from fedkd_utils.engine_local import LocalGrid, local_grid
 from fedkd_utils.engine_messages import (
     EVALUATE,
     HELLO,
-    TEACHER as SEND_TEACHER,
+    SEND_TEACHER,
     TRAIN,
     Job,
     check_job,
@@ -32,7 +33,7 @@ from fedkd_utils.engine_messages import (
 )
 from fedkd_utils.engine_orders import read_order, write_order
 from fedkd_utils.engine_report import Report
-from fedkd_utils.engine_server import Order, federate
+from fedkd_utils.engine_server import federate
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import copy_state, nbytes
 from fedkd_utils.provenance import state_hash
@@ -288,6 +289,44 @@ def test_who_does_not_belong_is_not_admitted(tmp_path: Path) -> None:
     assert reasons == ["south is connected already", "'west' is not one of south, north, east"]
     with pytest.raises(FederationError, match="1 of 3 hospitals are connected, and 2 are needed"):
         run("fedavg", tmp_path / "few", local_grid(SITES[:1], tmp_path / "few"), join_s=0.5)
+
+
+def test_a_hospital_whose_volumes_changed_may_not_go_on(tmp_path: Path) -> None:
+    lost = disturbed(tmp_path, lambda kind, node, reply: None if kind == TRAIN else reply)
+    with pytest.raises(FederationError, match="Round 1: 0 hospitals"):
+        run("fedavg", tmp_path, lost, patience_s=0.5)
+    changed = [replace(SITES[0], labelled_images=SITES[0].labelled_images + 1), *SITES[1:]]
+    _, report = run("fedavg", tmp_path, local_grid(changed, tmp_path), join_s=0.5)
+    assert {why[:34] for _, _, why in report.happened("not admitted")} == {"the volumes of south are others th"}
+    assert [who for _, _, who in report.happened("averaged")] == ["east, north"] * 2
+
+
+def test_a_greeting_that_lacks_its_facts_admits_nobody(tmp_path: Path) -> None:
+    def change(kind: str, node: int, reply: Message) -> Message:
+        if kind == HELLO and node == 1:
+            reply.content["facts"] = record({"client": "south", "examples": "many"})["facts"]
+        return reply
+
+    _, report = run("fedavg", tmp_path, disturbed(tmp_path, change), join_s=0.5)
+    assert report.happened("not admitted")[0][1:] == (
+        "south",
+        "its greeting lacks the number of volumes, or their hash",
+    )
+
+
+def test_a_hospital_that_comes_late_takes_part_from_then_on(tmp_path: Path) -> None:
+    grid, rounds = local_grid(SITES, tmp_path), list[str]()
+
+    def change(kind: str, node: int, reply: Message) -> Message:
+        rounds.append(kind)
+        return reply
+
+    grid = disturbed(tmp_path, change)
+    all_ids = grid.get_node_ids()
+    grid.get_node_ids = lambda: all_ids if TRAIN in rounds else all_ids[:2]  # type: ignore[method-assign]
+    _, report = run("dual_kd", tmp_path, grid, join_s=0.5)
+    assert [who for _, _, who in report.happened("averaged")] == ["north, south", "east, north, south"]
+    assert [fault[:2] for fault in report.happened("absent")] == [(1, "east")]
 
 
 def test_a_hospital_with_another_version_is_not_admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,10 @@ from tiny import TINY
 
 from fedkd_utils import cohorts, experiments, federation, hospital_keys, hospitals, networks, teacher, transforms
 from fedkd_utils.clients import FederationError
-from fedkd_utils.engine_messages import HELLO, TEACHER, TRAIN, Job
+from fedkd_utils.engine_connections import Order
+from fedkd_utils.engine_messages import HELLO, SEND_TEACHER, TRAIN, Job
 from fedkd_utils.engine_orders import write_order
 from fedkd_utils.engine_report import Report
-from fedkd_utils.engine_server import Order
 from fedkd_utils.hospitals import Federation
 from fedkd_utils.provenance import state_hash
 
@@ -104,12 +104,17 @@ def test_real_processes_give_the_weights_of_the_simulation(
     report = report_of(made)
     for name in NAMES:  # both sides counted the same, and the teacher went out once
         seen = traffic(running, name)
-        for kind in (HELLO, TEACHER, TRAIN):
+        for kind in (HELLO, SEND_TEACHER, TRAIN):
             lines = [line for line in seen if line["message"] == kind]
             assert sum(int(line["bytes_received"]) for line in lines) == report.bytes("down", kind, name)
             assert sum(int(line["bytes_sent"]) for line in lines) == report.bytes("up", kind, name)
-            assert len(lines) == {HELLO: 1, TEACHER: 1, TRAIN: 2}[kind]
-        assert report.bytes("up", TEACHER, name) < 1000 < networks.nbytes(STATE) < report.bytes("down", TEACHER, name)
+            assert len(lines) == {HELLO: 1, SEND_TEACHER: 1, TRAIN: 2}[kind]
+        assert (
+            report.bytes("up", SEND_TEACHER, name)
+            < 1000
+            < networks.nbytes(STATE)
+            < report.bytes("down", SEND_TEACHER, name)
+        )
 
     log = (running.folder / "logs" / "stranger.log").read_text()
     assert running.processes["stranger"].poll() == 1 and "Failed to activate SuperNode" in log
