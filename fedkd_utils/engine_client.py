@@ -12,7 +12,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fedkd_utils.engine_messages import (
     record,
     weights_of,
 )
+from fedkd_utils.engine_privacy import MODS
 from fedkd_utils.federation import scores_on
 from fedkd_utils.networks import (
     CheckpointError,
@@ -69,12 +70,11 @@ def site_on_disk(context: Context, settings: Settings) -> SiteData:
     return transforms.load_site(cohorts.open_site(str(context.node_config["data"])), settings)
 
 
-def client_app(open_site: OpenSite = site_on_disk, mods: Sequence[Any] = ()) -> ClientApp:
+def client_app(open_site: OpenSite = site_on_disk) -> ClientApp:
     """The ``ClientApp`` of a hospital.
 
     Args:
         open_site: gives the volumes; those of a test, or of a notebook, may lie in memory.
-        mods: Flower's modifiers, for training (:mod:`engine_privacy`).
     """
     app, memory = ClientApp(), _Memory(open_site)
 
@@ -86,7 +86,7 @@ def client_app(open_site: OpenSite = site_on_disk, mods: Sequence[Any] = ()) -> 
     def teacher(message: Message, context: Context) -> Message:
         return _answer(SEND_TEACHER, _keep_teacher, memory, message, context)
 
-    @app.train(mods=list(mods))
+    @app.train(mods=list(MODS))
     def train(message: Message, context: Context) -> Message:
         return _answer(TRAIN, _train, memory, message, context)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,30 +49,39 @@ class Connections:
         self.examples: dict[str, int] = {}
         self.has_teacher: set[str] = set()
         self._refused: set[int] = set()
+        self._asked: dict[str, int] = {}  # node by message, of the last exchange
 
     def ask(self, kind: str, contents: Mapping[int, RecordDict], patience_s: float) -> dict[int, RecordDict | str]:
         """Send one message to each node and wait; an answer, or why there is none."""
+        number = str(self.number)
+        messages = [Message(content, node, kind, group_id=number) for node, content in contents.items()]
+        answers: dict[int, RecordDict | str] = dict.fromkeys(contents, "no answer in time")
+        for reply in self.exchange(messages, patience_s):
+            node = self._asked[reply.metadata.reply_to_message_id]
+            answers[node] = reply.content if reply.has_content() else _why(reply.error)
+        return {node: _without_error(answer) for node, answer in answers.items()}
+
+    def exchange(self, messages: Sequence[Message], patience_s: float) -> list[Message]:
+        """Send messages, wait for the replies until time is over, and count the bytes of both."""
         names = {node: client for client, node in self.nodes.items()}
-        messages = [
-            Message(content, node, kind, ttl=patience_s, group_id=str(self.number))
-            for node, content in contents.items()
-        ]
-        waiting: dict[str, int] = {}
+        for message in messages:
+            message.metadata.ttl = patience_s
+        self._asked = {}
         for message, sent in zip(messages, self.grid.push_messages(messages), strict=True):
-            node = message.metadata.dst_node_id
+            node, kind = message.metadata.dst_node_id, message.metadata.message_type
             self.report.count(self.number, names.get(node, str(node)), kind, "down", payload_bytes(message))
             if sent:
-                waiting[sent] = node
-        answers: dict[int, RecordDict | str] = dict.fromkeys(contents, "no answer in time")
-        end = time.monotonic() + patience_s
+                self._asked[sent] = node
+        waiting, end, replies = dict(self._asked), time.monotonic() + patience_s, list[Message]()
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
+                kind = messages[0].metadata.message_type
                 self.report.count(self.number, names.get(node, str(node)), kind, "up", payload_bytes(reply))
-                answers[node] = reply.content if reply.has_content() else _why(reply.error)
+                replies.append(reply)
             if waiting:
                 time.sleep(PAUSE_S)
-        return {node: _without_error(answer) for node, answer in answers.items()}
+        return replies
 
     def ask_clients(self, kind: str, contents: Mapping[str, RecordDict]) -> dict[str, RecordDict | str]:
         """The same by the names of the clients, with the patience of a round."""

@@ -6,6 +6,7 @@ debugger. The server cannot tell the difference.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -60,8 +61,9 @@ class LocalGrid(Grid):
         number = f"message {next(self._numbers)}"
         message.metadata.__dict__["_message_id"] = number  # as Flower's own grid does
         node = message.metadata.dst_node_id
+        sent = copy.deepcopy(message)  # no node may change what another one gets
         try:
-            self._replies[number] = self.apps[node](message, self.contexts[node])
+            self._replies[number] = self.apps[node](sent, self.contexts[node])
         except Exception as error:  # what a SuperNode answers then
             self._replies[number] = Message(Error(code=0, reason=repr(error)), reply_to=message)
         return number
@@ -75,9 +77,9 @@ class LocalGrid(Grid):
         return self.pull_messages(self.push_messages(messages))
 
 
-def local_grid(sites: Sequence[SiteData], folder: Path, mods: Sequence[Any] = ()) -> LocalGrid:
+def local_grid(sites: Sequence[SiteData], folder: Path) -> LocalGrid:
     """A grid of hospitals whose volumes lie in memory; their nodes keep their files in ``folder``."""
-    return LocalGrid([client_app(partial(_in_memory, site), mods) for site in sites], folder)
+    return LocalGrid([client_app(partial(_in_memory, site)) for site in sites], folder)
 
 
 def _in_memory(site: SiteData, context: Context, settings: Settings) -> SiteData:

@@ -38,7 +38,7 @@ from fedkd_utils.teacher import FROZEN, TeacherUpdate
 HELLO, SEND_TEACHER, TRAIN, EVALUATE = "query.hello", "query.teacher", "train", "evaluate"
 
 #: The code whose digits a server and a hospital must share.
-ENGINE_CODE = (*FEDERATION_CODE, "methods", "engine_messages", "engine_client")
+ENGINE_CODE = (*FEDERATION_CODE, "methods", "engine_messages", "engine_privacy", "engine_client")
 
 #: What a hospital answers when the teacher is not, or no longer, on its disk.
 NO_TEACHER = "the teacher is not here: send it"
@@ -53,6 +53,7 @@ class Job:
     seed: int
     teacher: str = ""  # hash of the teacher's weights (:func:`provenance.state_hash`); "": the row distils from none
     teacher_classes: tuple[int, ...] | None = None  # that it was taught; None: all
+    secure: bool = False  # updates are masked, and the server sees their sum only
 
     @property
     def method(self) -> Method:
@@ -105,8 +106,7 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
         f"{method.title!r} chooses a model for each client, which would have to leave it": method.local_normalisation,
         f"a teacher that moves ({teacher_update.kind}) would travel in every round": teacher_update != FROZEN,
         f"compression {settings.compression!r} is not decoded there": settings.compression is not None,
-        "clip_norm and noise_multiplier are those of the simulation; see engine_privacy": settings.clip_norm is not None
-        or settings.noise_multiplier is not None,
+        "noise_multiplier needs clip_norm": settings.noise_multiplier is not None and settings.clip_norm is None,
     }
     for reason, applies in reasons.items():
         if applies:
@@ -234,5 +234,14 @@ def read_scores(content: RecordDict) -> dict[str, float]:
 
 
 def payload_bytes(message: Message) -> int:
-    """The bytes of a message's records as Flower counts them: numbers, names and array headers, not the envelope."""
-    return sum(part.count_bytes() for part in message.content.values()) if message.has_content() else 0
+    """The bytes of a message's records: arrays with their headers, texts, 8 for a number, names; not the envelope."""
+    parts = list(message.content.values()) if message.has_content() else []
+    arrays = sum(part.count_bytes() for part in parts if isinstance(part, ArrayRecord))
+    others = [item for part in parts if not isinstance(part, ArrayRecord) for item in part.items()]
+    return arrays + sum(len(str(name)) + _size(value) for name, value in others)
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value.encode() if isinstance(value, str) else value) if isinstance(value, str | bytes) else 8

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -30,6 +31,7 @@ from fedkd_utils.engine_messages import (
     read_update,
     record,
 )
+from fedkd_utils.engine_privacy import ask_to_clip, secure_updates, with_noise
 from fedkd_utils.engine_report import Report
 from fedkd_utils.federation import FederationResult, Plan, begin, choose, collect
 from fedkd_utils.networks import CheckpointError, State, TappedNetwork, build_network, load_state
@@ -139,7 +141,10 @@ class _Session:
         self.hospitals.join(0.0)
         if kind == TRAIN:
             self.send_teacher(run, self.hospitals.nodes)
-        content = {name: record(self.hospitals.facts(round=number), student) for name in sorted(self.hospitals.nodes)}
+        facts = self.hospitals.facts(round=number)
+        content = {name: record(facts, student) for name in sorted(self.hospitals.nodes)}
+        for one in content.values() if kind == TRAIN else ():
+            ask_to_clip(one, self.job)
         answers = self.hospitals.ask_clients(kind, content)
         again = [name for name, answer in answers.items() if answer == NO_TEACHER]
         if again:
@@ -152,17 +157,8 @@ class _Session:
         return answers
 
     def _play_round(self, plan: Plan, run: Run) -> None:
-        number, student = self.hospitals.number, run.students[""]
-        began, updates = state_hash(student), list[Update]()
-        answers = self._ask_all(TRAIN, run, number)
-        for name, answer in answers.items():
-            if isinstance(answer, str):
-                self.report.note(number, name, "no update", answer)
-                continue
-            try:
-                updates.append(read_update(answer, name, self.hospitals.examples[name], student, began))
-            except (FederationError, CheckpointError) as error:
-                self.report.note(number, name, "rejected", str(error))
+        number = self.hospitals.number
+        updates, answers = self._secure_updates(run) if self.job.secure else self._updates(run)
         if number > 1:
             self._score(plan, run, answers, number - 1)
         if len(updates) < self.order.least:
@@ -171,10 +167,45 @@ class _Session:
                 f"Rounds up to {number - 1} are kept in {self.order.folder}, and report.json there says why. Mend "
                 "that, then give the same command: it goes on from there."
             )
+        clip_norm, noise = self.settings.clip_norm, self.settings.noise_multiplier
+        if clip_norm is not None:  # all count the same, else one could move the mean by more than the norm allows
+            updates = [replace(update, n_examples=1) for update in updates]
         collect(plan, run, updates, number)
+        if clip_norm is not None:
+            run.students[""] = with_noise(run.students[""], clip_norm, noise or 0.0, len(updates))
         run.history += [{"round": number, "client": update.client, **update.metrics} for update in updates]
         run.finished = number
         self.report.note(number, "", "averaged", ", ".join(sorted(update.client for update in updates)))
+
+    def _updates(self, run: Run) -> tuple[list[Update], dict[str, RecordDict | str]]:
+        """The updates of a round that may be averaged, and every answer."""
+        number, student, updates = self.hospitals.number, run.students[""], list[Update]()
+        answers, began = self._ask_all(TRAIN, run, number), state_hash(student)
+        for name, answer in answers.items():
+            if isinstance(answer, str):
+                self.report.note(number, name, "no update", answer)
+                continue
+            try:
+                update = read_update(answer, name, self.hospitals.examples[name], student, began)
+                if update.class_shares and self.settings.clip_norm is not None:
+                    raise FederationError(
+                        f"clip_norm counts all the same, but client {name} does not draw every class."
+                    )
+                updates.append(update)
+            except (FederationError, CheckpointError) as error:
+                self.report.note(number, name, "rejected", str(error))
+        return updates, answers
+
+    def _secure_updates(self, run: Run) -> tuple[list[Update], dict[str, RecordDict | str]]:
+        """The same where the server learns the mean only."""
+        self.hospitals.join(0.0)
+        self.send_teacher(run, self.hospitals.nodes)
+        number = self.hospitals.number
+        updates, answers = secure_updates(self.hospitals, run.students[""], self.hospitals.facts(round=number))
+        for name, answer in answers.items():
+            if isinstance(answer, str):
+                self.report.note(number, name, "no update", answer)
+        return updates, answers
 
     def _score(self, plan: Plan, run: Run, answers: Mapping[str, RecordDict | str], number: int) -> None:
         """Add the validation scores of a round to its lines, and keep its student if it is the best."""

@@ -261,7 +261,7 @@ def test_a_teacher_of_some_classes_travels_with_what_it_was_taught(tmp_path: Pat
         ("fedbn", {}, "chooses a model for each client"),
         ("ssfl_published", {}, "within groups"),
         ("fedavg", {"compression": "int8"}, "compression 'int8'"),
-        ("fedavg", {"clip_norm": 1.0}, "clip_norm"),
+        ("fedavg", {"noise_multiplier": 1.0}, "noise_multiplier needs clip_norm"),
     ],
 )
 def test_what_the_engine_does_not_carry_is_refused_before_anything_starts(
