@@ -120,10 +120,9 @@ class _Session:
         """The plan of the simulation; of its sites the server knows the names only."""
         none, job = torch.zeros(0), self.job
         sites = [SiteData(name, none, none, none, [], [], ()) for name in sorted(self.order.clients)]
-        classes, augment = job.teacher_classes, transforms.augment
-        return Plan(
-            self.settings, job.method, sites, job.seed, FROZEN, classes, augment, adamw, None, lambda n, t: None
-        )
+        settings = replace(self.settings, clip_norm=None, noise_multiplier=None)  # see engine_privacy
+        local = transforms.augment, adamw, None, lambda steps, note: None  # of the clients: not used here
+        return Plan(settings, job.method, sites, job.seed, FROZEN, job.teacher_classes, *local)
 
     def _begin(self, plan: Plan) -> Run:
         network: TappedNetwork | None = None
@@ -205,6 +204,8 @@ class _Session:
         for name, answer in answers.items():
             if isinstance(answer, str):
                 self.report.note(number, name, "no update", answer)
+                if NO_TEACHER in answer:
+                    self.hospitals.has_teacher.discard(name)  # it gets one before the next round
         return updates, answers
 
     def _score(self, plan: Plan, run: Run, answers: Mapping[str, RecordDict | str], number: int) -> None:
