@@ -23,6 +23,7 @@ NAMES = (
     "06_dual_distillation",
     "08_communication_and_privacy",
     "10_your_own_data",
+    "11_real_hospitals",
 )
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
