@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run pages test lab results notebooks demo clean
+.PHONY: help setup run pages test lab results notebooks hospitals demo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,6 +28,11 @@ help:  ## show this list
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -e ".[test]"
 	@touch $@
 
+# The engine (Flower) is an extra: the tests and the hospitals use it, the course does not need it.
+.venv/engine: .venv/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) -e ".[test,engine]"
+	@touch $@
+
 setup: .venv/ready  ## install everything into .venv
 
 run: setup  ## make the knees, execute every notebook, write the course as HTML, print the comparison
@@ -36,7 +41,7 @@ run: setup  ## make the knees, execute every notebook, write the course as HTML,
 pages: setup  ## write the committed notebooks as HTML pages, without executing anything
 	@$(BIN)/python -m fedkd_utils pages
 
-test: setup  ## lint, types, unit tests, then every notebook strictly against its committed outputs
+test: .venv/engine  ## lint, types, unit tests, then every notebook strictly against its committed outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -54,6 +59,9 @@ results: setup  ## tune every row, run every grid of the reference profile, prin
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them
 	@$(BIN)/python -m fedkd_utils notebooks
+
+hospitals: .venv/engine  ## three hospitals as processes of this machine: run, report, stop
+	@$(BIN)/python -m fedkd_utils hospitals
 
 demo: setup  ## write data/demo again
 	@$(BIN)/python -m fedkd_utils demo

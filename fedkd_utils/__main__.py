@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +55,27 @@ def _glossary(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.what == "engine":
+        _need_engine()
+        from fedkd_utils import engine_bench
+
+        return engine_bench.report(PROJECT / "data" / "results" / "engine")
     from fedkd_utils import bench
 
     bench.report()
+
+
+def _need_engine() -> None:
+    if importlib.util.find_spec("flwr") is None:
+        raise RuntimeError('the engine is not installed: .venv/bin/python -m pip install -e ".[engine]"')
+
+
+def _hospitals(arguments: argparse.Namespace) -> None:
+    _need_engine()
+    from fedkd_utils import hospitals
+
+    settings = replace(PROFILES[arguments.profile], rounds=arguments.rounds)
+    print(hospitals.three_hospitals(arguments.row, settings, arguments.seed, cache_folder() / "hospitals"))
 
 
 def _cohort(arguments: argparse.Namespace) -> None:
@@ -284,9 +304,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
     sub = command("pages", _pages, "write the committed notebooks as HTML pages, without executing anything")
     sub.add_argument("--out", type=Path, help="the folder of the pages (default: build/course)")
+    sub = command("hospitals", _hospitals, "run three hospitals as processes of this machine on the engine (Flower)")
+    profile(sub)
+    sub.add_argument("--row", default="dual_kd", help="default: dual_kd")
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--seed", type=int, default=0)
     command("glossary", _glossary, "link each term of the glossary where a notebook uses it first")
-    sub = command("bench", _bench, "measure how fast the viewer answers, in a headless browser")
-    sub.add_argument("what", choices=["viewer"])
+    sub = command("bench", _bench, "measure how fast the viewer answers, or what the engine costs")
+    sub.add_argument("what", choices=["viewer", "engine"])
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))

@@ -66,17 +66,11 @@ def fingerprint(
     teacher_classes: tuple[int, ...] | None = None,
 ) -> str:
     """A hash of all that moves a number of a run; a checkpoint of another one is refused."""
-    data = {}
-    for site in sites:
-        tensors = {"images": site.labelled_images, "labels": site.labels, "unlabelled": site.unlabelled_images}
-        for index, case in enumerate(site.validation):
-            tensors[f"validation {index}"] = case.image
-        data[site.name] = state_hash(tensors)
     parts = {
         "settings": dataclasses.asdict(settings),
         "row": row,
         "method": ROWS[row].identity(),
-        "data": data,
+        "data": {site.name: data_hash(site) for site in sites},
         "teacher": state_hash(teacher.state_dict()) if teacher is not None else "",
         "seed": seed,
         "teacher_update": dataclasses.asdict(teacher_update),
@@ -84,6 +78,14 @@ def fingerprint(
         "classes": [teacher_classes, *[site.classes_by_volume for site in sites]],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def data_hash(site: SiteData) -> str:
+    """A hash of the volumes that a site trains and validates on."""
+    tensors = {"images": site.labelled_images, "labels": site.labels, "unlabelled": site.unlabelled_images}
+    for index, case in enumerate(site.validation):
+        tensors[f"validation {index}"] = case.image
+    return state_hash(tensors)
 
 
 def save_run(path: Path, fingerprint: str, run: Run) -> None:

@@ -129,6 +129,22 @@ _wide = 300 * _logits
 _shares = _peaked[0].numpy()  # (C, D, H, W)
 _table = np.random.default_rng(20237).normal(size=(4, 6))  # (seeds, subjects)
 
+_sent = np.arange(6.0).reshape(2, 3)
+
+
+def _run_bytes(weights: int, hospitals: int, rounds: int, teachers: int = 1, last: int = 1) -> dict[str, int]:
+    return {"down": hospitals * (teachers + rounds + last) * weights, "up": hospitals * rounds * weights}
+
+
+def _usable(arrays: Sequence[Any], began: Sequence[int], sent: Any, number: int) -> list[bool]:
+    pairs = zip(arrays, began, strict=True)
+    return [n == number and x.shape == sent.shape and bool(np.isfinite(x).all()) for x, n in pairs]
+
+
+def _round_time(seconds: Sequence[float], patience: float) -> dict[str, float]:
+    return {"seconds": min(max(seconds), patience), "answers": sum(s <= patience for s in seconds)}
+
+
 EXERCISES: dict[str, Exercise] = {
     "spacing_from_affine": Exercise(
         lambda affine: np.linalg.norm(affine[:3, :3], axis=0),
@@ -535,6 +551,64 @@ EXERCISES: dict[str, Exercise] = {
             "the dearest that can be paid need not be the best.": lambda dice, mb, budget_mb: max(
                 (m, d) for d, m in zip(dice, mb, strict=True) if m <= budget_mb
             )[1],
+        },
+    ),
+    "run_bytes": Exercise(
+        _run_bytes,
+        [(1_950_928, 3, 2), (100, 4, 12), (7, 1, 1)],
+        {
+            "the teacher goes out once, not in every round.": lambda w, k, r: _run_bytes(w, k, r, teachers=r),
+            "besides those of the rounds two more come down to each: the teacher first, and the last student.": (
+                lambda w, k, r: _run_bytes(w, k, r, last=0)
+            ),
+            "the teacher never goes back up.": lambda w, k, r: {
+                **_run_bytes(w, k, r),
+                "up": k * (r + 1) * w,
+            },
+            "every hospital gets its own copy.": lambda w, k, r: {**_run_bytes(w, k, r), "down": (r + 2) * w},
+        },
+    ),
+    "usable": Exercise(
+        _usable,
+        [
+            (
+                [_sent + 1, _sent * math.nan, _sent[:1], _sent + 2, _sent + math.inf, _sent.T],
+                [5, 5, 5, 4, 5, 5],
+                _sent,
+                5,
+            ),
+            ([_sent], [1], _sent, 1),
+            ([_sent[:, :1]], [1], _sent, 1),
+        ],
+        {
+            "an update that began from another student is late, however good it looks.": lambda a, b, s, n: _usable(
+                a, [n] * len(b), s, n
+            ),
+            "infinity is no weight either: ask for finite numbers, not for the absence of NaN.": lambda a, b, s, n: [
+                m == n and x.shape == s.shape and not bool(np.isnan(x).any()) for x, m in zip(a, b, strict=True)
+            ],
+            "NumPy stretches some arrays to fit, a server must not: compare the shapes.": lambda a, b, s, n: [
+                m == n and x.shape in (s.shape, s[:1].shape, s[:, :1].shape) and bool(np.isfinite(x).all())
+                for x, m in zip(a, b, strict=True)
+            ],
+            "the same number of values is not the same shape.": lambda a, b, s, n: [
+                m == n and x.size == s.size and bool(np.isfinite(x).all()) for x, m in zip(a, b, strict=True)
+            ],
+        },
+    ),
+    "round_time": Exercise(
+        _round_time,
+        [([3.0, 10.0, 4.0], 60.0), ([3.0, math.inf, 4.0], 60.0), ([90.0, 70.0], 60.0), ([60.0, 1.0], 60.0)],
+        {
+            "they work side by side: the slowest decides, not the sum.": lambda s, p: {
+                **_round_time(s, p),
+                "seconds": min(sum(s), p),
+            },
+            "the server does not wait longer than its patience.": lambda s, p: {**_round_time(s, p), "seconds": max(s)},
+            "who answers after that is not in the round.": lambda s, p: {**_round_time(s, p), "answers": len(s)},
+            "while one is missing the server waits until its patience is over; it cannot know that nobody comes.": (
+                lambda s, p: {**_round_time(s, p), "seconds": max([x for x in s if x <= p], default=p)}
+            ),
         },
     ),
 }

@@ -228,7 +228,7 @@ def _run(
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)
         return result
-    _save_models(folder / "model.safetensors", outcome, inputs, settings)
+    save_models(folder / "model.safetensors", outcome, inputs, settings)
     write_atomically(folder / "result.json", result_json(result))
     (folder / "round.safetensors").unlink(missing_ok=True)
     return result
@@ -440,7 +440,7 @@ def _stored(folder: Path, inputs: str) -> Result | None:
     return result if result.inputs == inputs and facts.get("inputs") == inputs else None
 
 
-def _save_models(path: Path, outcome: FederationResult, inputs: str, settings: Settings) -> None:
+def save_models(path: Path, outcome: FederationResult, inputs: str, settings: Settings) -> None:
     """The chosen students in one file: one when all clients share it, else one per client."""
     names = sorted(outcome.models)
     first = outcome.models[names[0]]

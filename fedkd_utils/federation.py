@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -130,21 +131,11 @@ def run_federation(
     mark = fingerprint(settings, row, sites, told, seed, teacher_update, teacher_classes)
     run = resume(path, mark) if path is not None else None
     if run is None:
-        run = _begin(settings, method, sites, teacher, seed)
+        run = begin(settings, method, sites, teacher, seed)
     elif run.finished:
         advance(run.finished * len(sites) * steps_per_round(settings), f"round {run.finished} read from its checkpoint")
-    plan = _Plan(
-        settings,
-        method,
-        sites,
-        seed,
-        teacher_update,
-        teacher_classes,
-        augmentation,
-        make_optimiser,
-        workers,
-        advance,
-        class_axes(build_student(settings, 0)),
+    plan = Plan(
+        settings, method, sites, seed, teacher_update, teacher_classes, augmentation, make_optimiser, workers, advance
     )
     signals: dict[str, TeacherSignals] = {}
     while run.finished < settings.rounds:
@@ -168,7 +159,7 @@ def run_federation(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """All that stays the same during a run."""
 
     settings: Settings
@@ -181,7 +172,11 @@ class _Plan:
     make_optimiser: MakeOptimiser
     workers: int | None
     advance: Progress
-    axes: Mapping[str, int]  # of the classes in the student's last layer
+
+    @functools.cached_property
+    def axes(self) -> dict[str, int]:
+        """The tensors of the student's last layer, with the axis of the classes."""
+        return class_axes(build_student(self.settings, 0))
 
     def owner(self, run: Run, site: SiteData) -> str:
         """The key of the student with which a client starts a round: "" when all start with the same."""
@@ -202,7 +197,7 @@ class _Plan:
         return {**shared, **kept_part(run.kept.get(site.name, {}), "own")}
 
 
-def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> dict[str, TeacherSignals]:
+def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dict[str, TeacherSignals]:
     """Steps 2 to 5 of figure 1, once; returns the teacher's signals for the next round."""
     settings, number = plan.settings, run.finished + 1
     teacher: TappedNetwork | None = None
@@ -238,13 +233,13 @@ def _play_round(plan: _Plan, run: Run, signals: dict[str, TeacherSignals]) -> di
         )
 
     updates = side_by_side(train, plan.sites, plan.workers, plan.advance)
-    _collect(plan, run, updates, number)
+    collect(plan, run, updates, number)
     _validate(plan, run, updates, looking, number)
     run.finished = number
     return signals
 
 
-def _look(plan: _Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals], dict[str, float]]:
+def _look(plan: Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals], dict[str, float]]:
     """The teacher's signals for every client, and the CPU seconds that each client spends on them."""
 
     def look(site: SiteData, report: Progress) -> tuple[TeacherSignals, float]:
@@ -318,9 +313,10 @@ def _check_messages(
         )
 
 
-def _begin(
+def begin(
     settings: Settings, method: Method, sites: Sequence[SiteData], teacher: TappedNetwork | None, seed: int
 ) -> Run:
+    """A run before its first round, with what is sent to each client before it in the ledger."""
     network = build_student(settings, seed_of(seed, "student"))
     local = local_names(method, network)
     first = copy_state(teacher) if method.starts_at_teacher and teacher is not None else copy_state(network)
@@ -338,7 +334,7 @@ def _begin(
     return run
 
 
-def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> None:
+def collect(plan: Plan, run: Run, updates: Sequence[Update], number: int) -> None:
     """Steps 3 to 5 of figure 1: collect, average, send back."""
     run.kept = {update.client: update.kept for update in updates if update.kept}
     if not plan.method.averages(number, plan.settings):
@@ -367,26 +363,35 @@ def _collect(plan: _Plan, run: Run, updates: Sequence[Update], number: int) -> N
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
 
 
-def _validate(plan: _Plan, run: Run, updates: Sequence[Update], looking: Mapping[str, float], number: int) -> None:
+def _validate(plan: Plan, run: Run, updates: Sequence[Update], looking: Mapping[str, float], number: int) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
     network = build_student(plan.settings, 0).to(plan.sites[0].labelled_images.device)
-    own: list[float] = []
+    own: dict[str, float] = {}
     for site, update in zip(plan.sites, updates, strict=True):
         load_state(network, plan.model(run, site))
-        line = _scores(network, site.validation)
-        own.append(line["validation"])
+        line = scores_on(network, site.validation)
+        own[site.name] = line["validation"]
         times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
         run.history.append({"round": number, "client": site.name, **line, **update.metrics, **times})
-    known = [score for score in own if not np.isnan(score)]  # a client may have labels of nothing that can be scored
+    choose(plan, run, own, number)
+
+
+def choose(plan: Plan, run: Run, scores: Mapping[str, float], number: int) -> None:
+    """Keep the students of a round where their validation Dice, by client, is the best so far.
+
+    Where students are averaged, the mean over the clients decides, else every client for itself. A client may have
+    labels of nothing that can be scored (NaN).
+    """
+    known = [score for score in scores.values() if not np.isnan(score)]
     together = float(np.mean(known)) if known else float("nan")
-    for site, alone in zip(plan.sites, own, strict=True):
-        averaged = plan.method.federated and not plan.method.ends_alone
-        key, score = plan.model_key(site), together if averaged else alone
+    averaged = plan.method.federated and not plan.method.ends_alone
+    for site in plan.sites:
+        key, score = plan.model_key(site), together if averaged else scores[site.name]
         if key not in run.best or is_better(score, run.scores[key]):
             run.best[key], run.scores[key], run.best_round[key] = plan.model(run, site), score, number
 
 
-def _scores(network: TappedNetwork, cases: Sequence[Case]) -> dict[str, float]:
+def scores_on(network: TappedNetwork, cases: Sequence[Case]) -> dict[str, float]:
     dice = grid_dice(network, cases)
     return {"validation": mean_dice(dice), **class_columns(dice)}
 
@@ -399,7 +404,7 @@ def _use_teacher(
     state, ledger, history = copy_state(teacher), Ledger(), []
     for site in sites:
         ledger.record(0, "down", site.name, "teacher", state)
-        history.append({"round": 0, "client": site.name, **_scores(teacher, site.validation)})
+        history.append({"round": 0, "client": site.name, **scores_on(teacher, site.validation)})
     advance(1, "teacher validated")
     return FederationResult(
         method=method,

@@ -26,6 +26,7 @@ NAMES = (
     "08_communication_and_privacy",
     "09_claims_and_cards",
     "10_your_own_data",
+    "11_real_hospitals",
     "12_final_project",
 )
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

@@ -170,6 +170,12 @@ def test_a_reference_agrees_with_the_library(name):
 
 
 def test_the_other_references_in_closed_form():
+    assert EXERCISES["run_bytes"].reference(10, 3, 2) == {"down": 3 * 10 * 4, "up": 3 * 10 * 2}
+    assert EXERCISES["round_time"].reference([1.0, 5.0], 3.0) == {"seconds": 3.0, "answers": 1}
+    sent = np.zeros((2, 3))
+    assert EXERCISES["usable"].reference([sent, sent, sent[:1], sent / 1 + np.inf], [1, 0, 1, 1], sent, 1) == [
+        *[True, False, False, False]
+    ]
     assert EXERCISES["z_score"].reference(np.array([1.0, 3.0])).tolist() == [-1.0, 1.0]
     assert EXERCISES["voe"].reference(0.5) == pytest.approx(1 - 1 / 3)  # of 3 voxels in the union, 1 is shared
     state = {"w": torch.tensor([3.0, 4.0])}

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FOLDER = PROJECT / "notebooks"
 TERMS = glossary.read_terms(FOLDER)
 # Terms that only notebooks still to come use, by the number of the notebook; one that is there must use them.
-AHEAD = {"11": {"Flower", "TLS"}}
+AHEAD: dict[str, set[str]] = {}
 # Abbreviations that whoever knows PyTorch knows; a licence, and names of data sets that a notebook lists.
 KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
 ABBREVIATION = re.compile(r"(?<![\w-])(?:[A-Z]{2,}[0-9]*|[A-Z][0-9]+)(?![\w-])")

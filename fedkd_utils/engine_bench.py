@@ -1,0 +1,256 @@
+"""What the engine costs, and what its protection costs: ``python -m fedkd_utils bench engine``.
+
+One job, four ways: a bare loop over rounds and clients, the simulation of the course, Flower in one process, Flower on
+real processes with TLS and node keys. Then the same job with clipping, noise and masks, in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedkd_utils import cohorts, experiments, federation, hospitals, networks, teacher, transforms
+from fedkd_utils.clients import Update, client_update, signals_for
+from fedkd_utils.disclosure import epsilon
+from fedkd_utils.engine_connections import Order
+from fedkd_utils.engine_local import local_grid
+from fedkd_utils.engine_messages import Job
+from fedkd_utils.engine_orders import write_order
+from fedkd_utils.engine_report import Report
+from fedkd_utils.engine_server import federate
+from fedkd_utils.files import write_atomically
+from fedkd_utils.methods import row_named
+from fedkd_utils.networks import State, TappedNetwork
+from fedkd_utils.provenance import NUMBERS, state_hash, versions
+from fedkd_utils.records import machine
+from fedkd_utils.seeds import seed_of
+from fedkd_utils.server import server_step
+from fedkd_utils.settings import QUICK, Settings
+from fedkd_utils.transforms import SiteData
+
+COMMAND = "python -m fedkd_utils bench engine"
+ROW, ROUNDS, CLIENTS = "dual_kd", 3, 3
+
+#: The probability with which the promise of privacy may fail: far below one over three clients.
+DELTA = 1e-3
+
+#: Clipping norm, noise multiplier and masks of the protected runs.
+PROTECTIONS: dict[str, tuple[float | None, float | None, bool]] = {
+    "none": (None, None, False),
+    "masks (SecAgg+)": (None, None, True),
+    "clipped": (1.0, None, False),
+    "clipped, noise 0.1": (1.0, 0.1, False),
+    "clipped, noise 0.5": (1.0, 0.5, False),
+    "clipped, noise 1": (1.0, 1.0, False),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What every way runs."""
+
+    settings: Settings
+    folders: dict[str, Path]
+    sites: Sequence[SiteData]
+    taught: TappedNetwork
+
+    @property
+    def state(self) -> State:
+        """The teacher's weights."""
+        return networks.copy_state(self.taught)
+
+    def order(self, folder: Path, settings: Settings | None = None, secure: bool = False) -> Order:
+        """The job as an order."""
+        job = Job(ROW, settings or self.settings, 0, state_hash(self.state), secure=secure)
+        return Order(job, tuple(self.folders), folder, least=len(self.folders), patience_s=1800.0)
+
+
+def case(settings: Settings) -> Case:
+    """The first clients of the made cohort whose scanners differ, and the teacher of the course."""
+    clients = cohorts.make_cohort(settings, "heterogeneous").clients[:CLIENTS]
+    taught = teacher.teacher_on(cohorts.make_repository(settings, settings.teacher_contrast), settings)
+    sites = [transforms.load_site(site, settings) for site in clients]
+    return Case(settings, {site.name: site.folder for site in clients}, sites, taught.network)
+
+
+def bare_loop(case: Case) -> State:
+    """No checks, no ledger, no checkpoint, no choice of a round: the least that gives the last student."""
+    settings, method = case.settings, row_named(ROW)
+    student = networks.copy_state(networks.build_student(settings, seed_of(0, "student")))
+    signals = [signals_for(case.taught, site, settings, 0) for site in case.sites]
+    axes, judge = networks.class_axes(networks.build_student(settings, 0)), networks.build_student(settings, 0)
+    for number in range(1, settings.rounds + 1):
+        pairs = zip(case.sites, signals, strict=True)
+        updates: list[Update] = [
+            client_update(student, site, method, settings, number, 0, signals=said) for site, said in pairs
+        ]
+        student = server_step(student, updates, axes)
+        networks.load_state(judge, student)
+        for site in case.sites:
+            federation.scores_on(judge, site.validation)
+    return student
+
+
+def _processes(case: Case, folder: Path) -> Report:
+    order = case.order(folder / "run")
+    path = write_order(folder / "order.json", order, case.state)
+    with hospitals.federation(folder / "federation") as made:
+        made.start_superlink()
+        for name, data in case.folders.items():
+            made.register(name)
+            made.start_node(name, data)
+        made.wait(path, made.submit(path), 3600.0)
+    facts = json.loads((order.folder / "report.json").read_bytes())
+    return Report(**facts)
+
+
+def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], Report]:
+    """CPU and wall seconds and bytes of the same job, four ways; and the report of the real processes."""
+    lines: list[dict[str, Any]] = []
+
+    def measure(way: str, work: Callable[[], Any]) -> Any:
+        note(way)
+        wall, cpu = time.perf_counter(), _cpu()
+        out = work()
+        lines.append({"way": way, "cpu_seconds": _cpu() - cpu, "wall_seconds": time.perf_counter() - wall})
+        return out
+
+    last = measure("bare loop", lambda: bare_loop(case))
+    simulated = measure(
+        "simulation",
+        lambda: federation.run_federation(case.settings, ROW, case.sites, case.taught, 0, folder / "sim", workers=1),
+    )
+    local, report = measure(
+        "Flower in one process",
+        lambda: federate(local_grid(case.sites, folder / "nodes"), case.order(folder / "local"), case.state),
+    )
+    real = measure("Flower on real processes", lambda: _processes(case, folder / "real"))
+    models = experiments.load_models(folder / "real" / "run" / "model.safetensors")
+    name = case.sites[0].name
+    gaps = [_gap(last, _last(folder / "sim")), 0.0]
+    gaps += [_gap(local.models[name], simulated.models[name]), _gap(models[name], simulated.models[name])]
+    sent = [(0, 0), (simulated.ledger.total("down"), simulated.ledger.total("up"))]
+    sent += [(r.bytes("down"), r.bytes("up")) for r in (report, real)]
+    for line, gap, (down, up) in zip(lines, gaps, sent, strict=True):
+        line |= {"ratio": line["cpu_seconds"] / lines[0]["cpu_seconds"], "bytes_down": down, "bytes_up": up}
+        line["largest_difference_of_a_weight"] = gap
+    return lines, real
+
+
+def _last(folder: Path) -> State:
+    tensors, facts = networks.load_checkpoint(folder / "round.safetensors")
+    place = f"student/{facts['owners']['student'].index('')}/"
+    return {name.removeprefix(place): t for name, t in tensors.items() if name.startswith(place)}
+
+
+def protection(case: Case, folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Seconds, bytes, validation Dice and epsilon of the same job under each protection, in one process."""
+    lines: list[dict[str, Any]] = []
+    plain: State = {}
+    for number, (title, (clip_norm, noise, secure)) in enumerate(PROTECTIONS.items()):
+        note(title)
+        settings = replace(case.settings, clip_norm=clip_norm, noise_multiplier=noise)
+        wall, cpu = time.perf_counter(), _cpu()
+        place = folder / f"protection {number}"
+        order = case.order(place / "server", settings, secure)
+        result, report = federate(local_grid(case.sites, place), order, case.state)
+        dice = result.validation_by_round()
+        model = result.models[case.sites[0].name]
+        plain = plain or model
+        lines.append(
+            {
+                "protection": title,
+                "cpu_seconds": _cpu() - cpu,
+                "wall_seconds": time.perf_counter() - wall,
+                "messages": len(report.traffic),
+                "bytes_down": report.bytes("down"),
+                "bytes_up": report.bytes("up"),
+                "validation_dice": [float(value) for value in dice],
+                "epsilon": epsilon(noise, settings.rounds, DELTA) if noise else None,
+                "largest_difference_of_a_weight": _gap(model, plain),
+            }
+        )
+    return lines
+
+
+def _gap(a: State, b: State) -> float:
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and of all children that have ended."""
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+
+
+def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
+    """All of it, with provenance."""
+    made = case(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        lines, report = overhead(made, Path(folder), note)
+        return {
+            "command": COMMAND,
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "versions": versions() | {"flwr": _flower()},
+            "machine": machine(1),
+            "numbers": NUMBERS,
+            "row": ROW,
+            "settings": asdict(settings),
+            "clients": {site.name: site.examples for site in made.sites},
+            "delta": DELTA,
+            "weights": networks.nbytes(made.state),
+            "overhead": lines,
+            "protection": protection(made, Path(folder), note),
+            "events": report.events,
+            "traffic": report.traffic,
+        }
+
+
+def _flower() -> str:
+    from importlib import metadata
+
+    return metadata.version("flwr")
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits are enough for a file."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    if isinstance(value, float):
+        return None if np.isnan(value) else float(f"{value:.4g}")
+    return value
+
+
+def report(folder: Path) -> None:
+    """Measure, keep ``engine.json`` in a folder, and print it."""
+    facts = _rounded(measure(replace(QUICK, rounds=ROUNDS), lambda text: print(f"... {text}", flush=True)))
+    write_atomically(folder / "engine.json", json.dumps(facts, indent=1).encode() + b"\n")
+    print(table(facts))
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The file for a terminal."""
+    lines = [f"{'':26s} CPU s   ratio  wall s    bytes down      bytes up  largest difference"]
+    lines += [
+        f"{line['way']:26s} {line['cpu_seconds']:5.0f} {line['ratio']:7.2f} {line['wall_seconds']:7.0f} "
+        f"{line['bytes_down']:13,d} {line['bytes_up']:13,d}  {line['largest_difference_of_a_weight']:.1g}"
+        for line in facts["overhead"]
+    ]
+    lines.append(f"\n{'':26s} CPU s  bytes down    bytes up  best Dice  epsilon  largest difference")
+    lines += [
+        f"{line['protection']:26s} {line['cpu_seconds']:5.0f} {line['bytes_down']:11,d} {line['bytes_up']:11,d} "
+        f"{max(line['validation_dice']):10.3f} {line['epsilon'] or float('inf'):8.3g}  "
+        f"{line['largest_difference_of_a_weight']:.1g}"
+        for line in facts["protection"]
+    ]
+    return "\n".join(lines)
