@@ -10,13 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, Settings, any_contrast, cache_folder
+from fedkd_utils.settings import PROFILES, PROJECT, SETTINGS_OF_CLIENTS, Settings, any_contrast, cache_folder
 
 if TYPE_CHECKING:
     from fedkd_utils.experiments import Result
     from fedkd_utils.networks import TappedNetwork
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 
 def _course(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: The folder of the whole project.
+PROJECT = Path(__file__).resolve().parent.parent
+
 CLASS_NAMES = ("background", "femoral", "tibial", "patellar")
 CARTILAGES = (1, 2, 3)
 SETTINGS_OF_CLIENTS = ("paper_like", "heterogeneous")
@@ -161,4 +164,4 @@ PROFILES = {settings.name: settings for settings in (QUICK, REFERENCE, PAPER)}
 def cache_folder() -> Path:
     """The folder of everything that is made on first use: ``data/cache``, or ``$FEDKD_CACHE`` when set."""
     named = os.environ.get("FEDKD_CACHE")
-    return Path(named) if named else Path(__file__).resolve().parent.parent / "data" / "cache"
+    return Path(named) if named else PROJECT / "data" / "cache"

@@ -11,7 +11,7 @@ from scipy import ndimage
 from fedkd_utils import anatomy
 from fedkd_utils.anatomy import LABEL_OF_TISSUE, Pose, draw_knee, tissue_map
 from fedkd_utils.calibration import CODES, LITERATURE, Cartilage, local_thickness, measure_cartilages
-from fedkd_utils.notebooks import PROJECT
+from fedkd_utils.settings import PROJECT
 
 #: How many made knees are compared with real ones, and how close their mean volumes and extents must come.
 SUBJECTS, VOLUMES, EXTENTS = 50, 0.12, 0.2

@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 FOLDER = PROJECT / "notebooks"
 TERMS = glossary.read_terms(FOLDER)
 # Abbreviations that whoever knows PyTorch knows; a licence, and names of data sets that a notebook lists.
-KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
+KNOWN = {"CPU", "GPU", "MB", "IT", "MONAI", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
 ABBREVIATION = re.compile(r"(?<![\w-])(?:[A-Z]{2,}[0-9]*|[A-Z][0-9]+)(?![\w-])")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
 LETTERS = "alpha beta gamma delta varepsilon epsilon eta kappa lambda mu nu xi pi rho sigma tau phi theta omega Delta"

@@ -9,9 +9,8 @@ import pytest
 
 from fedkd_utils import grids, records, runner
 from fedkd_utils.methods import COURSE_ROWS, ROWS
-from fedkd_utils.notebooks import PROJECT
 from fedkd_utils.provenance import NUMBERS
-from fedkd_utils.settings import PROFILES
+from fedkd_utils.settings import PROFILES, PROJECT
 
 RESULTS = PROJECT / "data" / "results"
 FOLDERS = sorted(path.name for path in RESULTS.iterdir())
