@@ -21,9 +21,11 @@ from fedkd_utils import cohorts, experiments, federation, hospitals, networks, t
 from fedkd_utils.clients import Update, client_update, signals_for
 from fedkd_utils.disclosure import epsilon
 from fedkd_utils.engine_connections import Order
+from fedkd_utils.engine_lesson import gap, lesson
 from fedkd_utils.engine_local import local_grid
 from fedkd_utils.engine_messages import Job
 from fedkd_utils.engine_orders import write_order
+from fedkd_utils.engine_recorded import FILE, LESSON
 from fedkd_utils.engine_report import Report
 from fedkd_utils.engine_server import federate
 from fedkd_utils.files import write_atomically
@@ -135,13 +137,13 @@ def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[lis
     real = measure("Flower on real processes", lambda: _processes(case, folder / "real"))
     models = experiments.load_models(folder / "real" / "run" / "model.safetensors")
     name = case.sites[0].name
-    gaps = [_gap(last, _last(folder / "sim")), 0.0]
-    gaps += [_gap(local.models[name], simulated.models[name]), _gap(models[name], simulated.models[name])]
+    apart = [gap(last, _last(folder / "sim")), 0.0]
+    apart += [gap(local.models[name], simulated.models[name]), gap(models[name], simulated.models[name])]
     sent = [(0, 0), (simulated.ledger.total("down"), simulated.ledger.total("up"))]
     sent += [(r.bytes("down"), r.bytes("up")) for r in (report, real)]
-    for line, gap, (down, up) in zip(lines, gaps, sent, strict=True):
+    for line, largest, (down, up) in zip(lines, apart, sent, strict=True):
         line |= {"ratio": line["cpu_seconds"] / lines[0]["cpu_seconds"], "bytes_down": down, "bytes_up": up}
-        line["largest_difference_of_a_weight"] = gap
+        line["largest_difference_of_a_weight"] = largest
     return lines, real
 
 
@@ -175,14 +177,10 @@ def protection(case: Case, folder: Path, note: Callable[[str], None]) -> list[di
                 "bytes_up": report.bytes("up"),
                 "validation_dice": [float(value) for value in dice],
                 "epsilon": epsilon(noise, settings.rounds, DELTA) if noise else None,
-                "largest_difference_of_a_weight": _gap(model, plain),
+                "largest_difference_of_a_weight": gap(model, plain),
             }
         )
     return lines
-
-
-def _gap(a: State, b: State) -> float:
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 def _cpu() -> float:
@@ -211,7 +209,16 @@ def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
             "protection": protection(made, Path(folder), note),
             "events": report.events,
             "traffic": report.traffic,
+            "lesson": _lesson(note),
         }
+
+
+def _lesson(note: Callable[[str], None]) -> dict[str, Any]:
+    """The two runs of notebook 11."""
+    note("the federation of notebook 11")
+    clients = cohorts.make_cohort(LESSON, "heterogeneous").clients[:CLIENTS]
+    sites = [transforms.load_site(site, LESSON) for site in clients]
+    return lesson(LESSON, ROW, sites, teacher.freeze(networks.build_network(LESSON, 99)))
 
 
 def _flower() -> str:
@@ -231,10 +238,10 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def report(folder: Path) -> None:
-    """Measure, keep ``engine.json`` in a folder, and print it."""
+def report() -> None:
+    """Measure, keep it in ``data/results/engine``, and print it."""
     facts = _rounded(measure(replace(QUICK, rounds=ROUNDS), lambda text: print(f"... {text}", flush=True)))
-    write_atomically(folder / "engine.json", json.dumps(facts, indent=1).encode() + b"\n")
+    write_atomically(FILE, json.dumps(facts, indent=1).encode() + b"\n")
     print(table(facts))
 
 
