@@ -57,7 +57,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         _need_engine()
         from fedkd_utils import engine_bench
 
-        return engine_bench.report(PROJECT / "data" / "results" / "engine")
+        return engine_bench.report()
     from fedkd_utils import bench
 
     bench.report()

@@ -1,7 +1,7 @@
 """What the engine costs, and what its protection costs: ``python -m fedkd_utils bench engine``.
 
 One job, four ways: a bare loop over rounds and clients, the simulation of the course, Flower in one process, Flower on
-real processes with TLS and node keys. Then the same job with clipping, noise and masks, in one process.
+real processes with TLS and node keys. Then FedAvg on a coarser grid with clipping, noise and masks, in one process.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import json
 import resource
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from fedkd_utils import cohorts, experiments, federation, hospitals, networks, teacher, transforms
 from fedkd_utils.clients import Update, client_update, signals_for
 from fedkd_utils.disclosure import epsilon
 from fedkd_utils.engine_connections import Order
+from fedkd_utils.engine_lesson import gap, lesson
 from fedkd_utils.engine_local import local_grid
 from fedkd_utils.engine_messages import Job
 from fedkd_utils.engine_orders import write_order
+from fedkd_utils.engine_recorded import FILE, LESSON
 from fedkd_utils.engine_report import Report
 from fedkd_utils.engine_server import federate
 from fedkd_utils.files import write_atomically
@@ -39,17 +44,24 @@ from fedkd_utils.transforms import SiteData
 COMMAND = "python -m fedkd_utils bench engine"
 ROW, ROUNDS, CLIENTS = "dual_kd", 3, 3
 
+#: What runs under protection: the federation of notebook 08.
+PROTECTED = replace(LESSON, rounds=6, steps_per_epoch=10)
+
 #: The probability with which the promise of privacy may fail: far below one over three clients.
 DELTA = 1e-3
+
+#: The clipping norm: most changes are shorter, those of the first round are not.
+CLIP_NORM = 20.0
 
 #: Clipping norm, noise multiplier and masks of the protected runs.
 PROTECTIONS: dict[str, tuple[float | None, float | None, bool]] = {
     "none": (None, None, False),
     "masks (SecAgg+)": (None, None, True),
-    "clipped": (1.0, None, False),
-    "clipped, noise 0.1": (1.0, 0.1, False),
-    "clipped, noise 0.5": (1.0, 0.5, False),
-    "clipped, noise 1": (1.0, 1.0, False),
+    "clipped": (CLIP_NORM, None, False),
+    "clipped, masks": (CLIP_NORM, None, True),
+    "clipped, noise 0.01": (CLIP_NORM, 0.01, False),
+    "clipped, noise 0.1": (CLIP_NORM, 0.1, False),
+    "clipped, noise 1": (CLIP_NORM, 1.0, False),
 }
 
 
@@ -67,18 +79,22 @@ class Case:
         """The teacher's weights."""
         return networks.copy_state(self.taught)
 
-    def order(self, folder: Path, settings: Settings | None = None, secure: bool = False) -> Order:
+    def order(self, folder: Path) -> Order:
         """The job as an order."""
-        job = Job(ROW, settings or self.settings, 0, state_hash(self.state), secure=secure)
-        return Order(job, tuple(self.folders), folder, least=len(self.folders), patience_s=1800.0)
+        job = Job(ROW, self.settings, 0, state_hash(self.state))
+        return Order(job, tuple(self.folders), folder, least=CLIENTS, patience_s=1800.0)
 
 
 def case(settings: Settings) -> Case:
     """The first clients of the made cohort whose scanners differ, and the teacher of the course."""
-    clients = cohorts.make_cohort(settings, "heterogeneous").clients[:CLIENTS]
+    folders, sites = _hospitals(settings)
     taught = teacher.teacher_on(cohorts.make_repository(settings, settings.teacher_contrast), settings)
-    sites = [transforms.load_site(site, settings) for site in clients]
-    return Case(settings, {site.name: site.folder for site in clients}, sites, taught.network)
+    return Case(settings, folders, sites, taught.network)
+
+
+def _hospitals(settings: Settings) -> tuple[dict[str, Path], list[SiteData]]:
+    clients = cohorts.make_cohort(settings, "heterogeneous").clients[:CLIENTS]
+    return {site.name: site.folder for site in clients}, [transforms.load_site(site, settings) for site in clients]
 
 
 def bare_loop(case: Case) -> State:
@@ -99,17 +115,43 @@ def bare_loop(case: Case) -> State:
     return student
 
 
-def _processes(case: Case, folder: Path) -> Report:
+def _processes(case: Case, folder: Path) -> tuple[Report, float]:
+    """The report of a run on real processes, and the CPU seconds of all of them."""
     order = case.order(folder / "run")
     path = write_order(folder / "order.json", order, case.state)
-    with hospitals.federation(folder / "federation") as made:
+    with hospitals.federation(folder / "federation") as made, _watched(made) as spent:
         made.start_superlink()
         for name, data in case.folders.items():
             made.register(name)
             made.start_node(name, data)
         made.wait(path, made.submit(path), 3600.0)
     facts = json.loads((order.folder / "report.json").read_bytes())
-    return Report(**facts)
+    return Report(**facts), sum(spent.values())
+
+
+@contextmanager
+def _watched(made: hospitals.Federation) -> Iterator[dict[tuple[int, float], float]]:
+    """CPU seconds by process of a federation; looked at five times a second, for a process that ended tells no more."""
+    spent: dict[tuple[int, float], float] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            for process in list(made.processes.values()):
+                with suppress(psutil.Error):
+                    one = psutil.Process(process.pid)
+                    for child in (one, *one.children(recursive=True)):
+                        with suppress(psutil.Error):
+                            times = child.cpu_times()
+                            spent[child.pid, child.create_time()] = times.user + times.system
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield spent
+    finally:
+        done.set()
+        thread.join()
 
 
 def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], Report]:
@@ -132,16 +174,17 @@ def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[lis
         "Flower in one process",
         lambda: federate(local_grid(case.sites, folder / "nodes"), case.order(folder / "local"), case.state),
     )
-    real = measure("Flower on real processes", lambda: _processes(case, folder / "real"))
+    real, spent = measure("Flower on real processes", lambda: _processes(case, folder / "real"))
+    lines[-1]["cpu_seconds"] = spent
     models = experiments.load_models(folder / "real" / "run" / "model.safetensors")
     name = case.sites[0].name
-    gaps = [_gap(last, _last(folder / "sim")), 0.0]
-    gaps += [_gap(local.models[name], simulated.models[name]), _gap(models[name], simulated.models[name])]
+    apart = [gap(last, _last(folder / "sim")), 0.0]
+    apart += [gap(local.models[name], simulated.models[name]), gap(models[name], simulated.models[name])]
     sent = [(0, 0), (simulated.ledger.total("down"), simulated.ledger.total("up"))]
     sent += [(r.bytes("down"), r.bytes("up")) for r in (report, real)]
-    for line, gap, (down, up) in zip(lines, gaps, sent, strict=True):
+    for line, largest, (down, up) in zip(lines, apart, sent, strict=True):
         line |= {"ratio": line["cpu_seconds"] / lines[0]["cpu_seconds"], "bytes_down": down, "bytes_up": up}
-        line["largest_difference_of_a_weight"] = gap
+        line["largest_difference_of_a_weight"] = largest
     return lines, real
 
 
@@ -151,19 +194,19 @@ def _last(folder: Path) -> State:
     return {name.removeprefix(place): t for name, t in tensors.items() if name.startswith(place)}
 
 
-def protection(case: Case, folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Seconds, bytes, validation Dice and epsilon of the same job under each protection, in one process."""
+def protection(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Seconds, bytes, validation Dice and epsilon of FedAvg under each protection, in one process."""
     lines: list[dict[str, Any]] = []
+    folders, sites = _hospitals(PROTECTED)
     plain: State = {}
     for number, (title, (clip_norm, noise, secure)) in enumerate(PROTECTIONS.items()):
         note(title)
-        settings = replace(case.settings, clip_norm=clip_norm, noise_multiplier=noise)
+        settings = replace(PROTECTED, clip_norm=clip_norm, noise_multiplier=noise)
         wall, cpu = time.perf_counter(), _cpu()
         place = folder / f"protection {number}"
-        order = case.order(place / "server", settings, secure)
-        result, report = federate(local_grid(case.sites, place), order, case.state)
-        dice = result.validation_by_round()
-        model = result.models[case.sites[0].name]
+        order = Order(Job("fedavg", settings, 0, secure=secure), tuple(folders), place / "server", least=CLIENTS)
+        result, report = federate(local_grid(sites, place), order)
+        model = result.models[sites[0].name]
         plain = plain or model
         lines.append(
             {
@@ -173,22 +216,18 @@ def protection(case: Case, folder: Path, note: Callable[[str], None]) -> list[di
                 "messages": len(report.traffic),
                 "bytes_down": report.bytes("down"),
                 "bytes_up": report.bytes("up"),
-                "validation_dice": [float(value) for value in dice],
+                "validation_dice": [float(value) for value in result.validation_by_round()],
                 "epsilon": epsilon(noise, settings.rounds, DELTA) if noise else None,
-                "largest_difference_of_a_weight": _gap(model, plain),
+                "largest_difference_of_a_weight": gap(model, plain),
             }
         )
     return lines
 
 
-def _gap(a: State, b: State) -> float:
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
-
-
 def _cpu() -> float:
-    """CPU seconds of this process and of all children that have ended."""
-    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+    """CPU seconds of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
@@ -205,13 +244,22 @@ def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
             "row": ROW,
             "settings": asdict(settings),
             "clients": {site.name: site.examples for site in made.sites},
+            "protected": {"row": "fedavg", "settings": asdict(PROTECTED)},
             "delta": DELTA,
             "weights": networks.nbytes(made.state),
             "overhead": lines,
-            "protection": protection(made, Path(folder), note),
+            "protection": protection(Path(folder), note),
             "events": report.events,
             "traffic": report.traffic,
+            "lesson": _lesson(note),
         }
+
+
+def _lesson(note: Callable[[str], None]) -> dict[str, Any]:
+    """The two runs of notebook 11."""
+    note("the federation of notebook 11")
+    _, sites = _hospitals(LESSON)
+    return lesson(LESSON, ROW, sites, teacher.freeze(networks.build_network(LESSON, 99)))
 
 
 def _flower() -> str:
@@ -231,10 +279,10 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def report(folder: Path) -> None:
-    """Measure, keep ``engine.json`` in a folder, and print it."""
+def report() -> None:
+    """Measure, keep it in ``data/results/engine``, and print it."""
     facts = _rounded(measure(replace(QUICK, rounds=ROUNDS), lambda text: print(f"... {text}", flush=True)))
-    write_atomically(folder / "engine.json", json.dumps(facts, indent=1).encode() + b"\n")
+    write_atomically(FILE, json.dumps(facts, indent=1).encode() + b"\n")
     print(table(facts))
 
 

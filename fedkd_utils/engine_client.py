@@ -19,17 +19,14 @@ from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import ClientAppCallable
 
 from fedkd_utils import cohorts, transforms
 from fedkd_utils.checkpoints import data_hash
 from fedkd_utils.clients import FederationError, check_site, client_update, signals_for
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.engine_messages import (
-    EVALUATE,
-    HELLO,
     NO_TEACHER,
-    SEND_TEACHER,
-    TRAIN,
     Job,
     check_job,
     facts_of,
@@ -46,6 +43,7 @@ from fedkd_utils.networks import (
     TappedNetwork,
     build_network,
     build_student,
+    check_finite,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -55,6 +53,9 @@ from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import TeacherSignals, freeze
 from fedkd_utils.training import TrainingError
 from fedkd_utils.transforms import SiteData
+
+#: Jobs of which a node remembers what its client carries from round to round; of older ones it forgets it.
+KEPT_JOBS = 3
 
 OpenSite = Callable[[Context, Settings], SiteData]
 
@@ -78,23 +79,38 @@ def client_app(open_site: OpenSite = site_on_disk) -> ClientApp:
     """
     app, memory = ClientApp(), _Memory(open_site)
 
-    @app.query("hello")
+    @app.query("hello", mods=[_write_down])
     def hello(message: Message, context: Context) -> Message:
-        return _answer(HELLO, _hello, memory, message, context)
+        return _answer(_hello, memory, message, context)
 
-    @app.query("teacher")
+    @app.query("teacher", mods=[_write_down])
     def teacher(message: Message, context: Context) -> Message:
-        return _answer(SEND_TEACHER, _keep_teacher, memory, message, context)
+        return _answer(_keep_teacher, memory, message, context)
 
-    @app.train(mods=list(MODS))
+    @app.train(mods=[_write_down, *MODS])
     def train(message: Message, context: Context) -> Message:
-        return _answer(TRAIN, _train, memory, message, context)
+        return _answer(_train, memory, message, context)
 
-    @app.evaluate()
+    @app.evaluate(mods=[_write_down])
     def evaluate(message: Message, context: Context) -> Message:
-        return _answer(EVALUATE, _evaluate, memory, message, context)
+        return _answer(_evaluate, memory, message, context)
 
     return app
+
+
+def _write_down(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Add a line on a message and its answer, as they travel, to the node's list."""
+    path, received = folder_of(context) / "traffic.csv", payload_bytes(message)
+    reply = call_next(message, context)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(["time", "message", "bytes_received", "bytes_sent"])
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        writer.writerow([now, message.metadata.message_type, received, payload_bytes(reply)])
+    return reply
 
 
 class _Memory:
@@ -123,8 +139,8 @@ class _Memory:
 _Work = Callable[[_Memory, Context, Job, dict[str, Any], RecordDict], RecordDict]
 
 
-def _answer(kind: str, work: _Work, memory: _Memory, message: Message, context: Context) -> Message:
-    """Do the work and write both messages down; a fault becomes an answer that names it, and no file of the node."""
+def _answer(work: _Work, memory: _Memory, message: Message, context: Context) -> Message:
+    """Do the work; a fault becomes an answer that names it, and no file of the node."""
     try:
         facts = facts_of(message.content)
         job = Job.from_json(facts["job"])
@@ -136,9 +152,7 @@ def _answer(kind: str, work: _Work, memory: _Memory, message: Message, context: 
     except Exception as error:  # its text may name files of the hospital: it stays in the log here
         logging.getLogger(__name__).exception("The work on a message of the server failed")
         content = record({"error": f"{type(error).__name__}; the log of the node says more"})
-    reply = Message(content, reply_to=message)
-    _note(folder_of(context) / "traffic.csv", kind, payload_bytes(message), payload_bytes(reply))
-    return reply
+    return Message(content, reply_to=message)
 
 
 def folder_of(context: Context) -> Path:
@@ -152,23 +166,12 @@ def folder_of(context: Context) -> Path:
     return Path(str(context.node_config["state"]))
 
 
-def _note(path: Path, kind: str, received: int, sent: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["time", "message", "bytes_received", "bytes_sent"])
-        writer.writerow([datetime.now(UTC).isoformat(timespec="seconds"), kind, received, sent])
-
-
 def _hello(memory: _Memory, context: Context, job: Job, facts: dict[str, Any], content: RecordDict) -> RecordDict:
     if facts.get("code") != our_code():
         raise FederationError("Server and hospital have different versions of the course: install the same.")
     site, folder = memory.site(context, job), folder_of(context)
-    for old in (folder / "kept").glob("*"):
-        if old.name != job.mark:
-            shutil.rmtree(old, ignore_errors=True)
+    for old in sorted((folder / "kept").glob("*"), key=lambda path: path.stat().st_mtime)[:-KEPT_JOBS]:
+        shutil.rmtree(old, ignore_errors=True)
     data = hashlib.sha256(f"{data_hash(site)} {site.classes_by_volume}".encode()).hexdigest()
     return record(
         {
@@ -187,6 +190,7 @@ def _keep_teacher(
     if state_hash(state) != job.teacher:
         raise FederationError("The teacher was damaged on its way.")
     load_state(build_network(job.settings, 0), state, "The teacher")
+    check_finite(state, "The teacher")
     save_checkpoint(folder_of(context) / "teacher.safetensors", state, {"teacher": job.teacher})  # replaces the last
     return record({"client": memory.site(context, job).name, "teacher": job.teacher})
 
@@ -216,6 +220,7 @@ def _train(memory: _Memory, context: Context, job: Job, facts: dict[str, Any], c
     kept = _kept(folder / "kept" / job.mark, number)
     update = client_update(student, site, job.method, settings, number, job.seed, signals=signals, kept=kept)
     if update.kept:
+        check_finite(update.kept, f"What client {site.name} keeps")
         save_checkpoint(folder / "kept" / job.mark / f"{number:06d}.safetensors", update.kept, {})
     answer = {
         "client": site.name,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ class LocalGrid(Grid):
             node: Context(0, node, {"state": str(folder / f"node_{node}")}, RecordDict(), {}) for node in self.apps
         }
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 0, 0, 0  # else no message can be made
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # it tells every message
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count(1)
 

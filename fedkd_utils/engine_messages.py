@@ -51,7 +51,7 @@ class Job:
     row: str
     settings: Settings
     seed: int
-    teacher: str = ""  # hash of the teacher's weights (:func:`provenance.state_hash`); "": the row distils from none
+    teacher: str = ""  # hash of the teacher's weights (:func:`provenance.state_hash`); "": the row needs none
     teacher_classes: tuple[int, ...] | None = None  # that it was taught; None: all
     secure: bool = False  # updates are masked, and the server sees their sum only
 
@@ -103,7 +103,10 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
         f"{method.title!r} holds all data in one place, which hospitals do not do": method.pooled,
         f"{method.title!r} averages no students: use the simulation": not method.federated or method.objective is None,
         f"{method.title!r} averages within groups of clients": method.groups,
-        f"{method.title!r} chooses a model for each client, which would have to leave it": method.local_normalisation,
+        f"{method.title!r} chooses a model for each client, which would have to leave it": (
+            method.local_normalisation or method.ends_alone
+        ),
+        f"{method.title!r} chooses between two teachers": method.chooses_teacher,
         f"a teacher that moves ({teacher_update.kind}) would travel in every round": teacher_update != FROZEN,
         f"compression {settings.compression!r} is not decoded there": settings.compression is not None,
         "noise_multiplier needs clip_norm": settings.noise_multiplier is not None and settings.clip_norm is None,
@@ -111,8 +114,8 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise FederationError(f"The engine does not carry this run: {reason}.")
-    if method.distils != bool(job.teacher):
-        raise FederationError(f"{method.title!r} distils from {'a' if method.distils else 'no'} teacher.")
+    if method.needs_teacher != bool(job.teacher):
+        raise FederationError(f"{method.title!r} needs {'a' if method.needs_teacher else 'no'} teacher.")
 
 
 def our_code() -> str:

@@ -14,10 +14,9 @@ from fedkd_utils.settings import QUICK
 
 FILE = Path(__file__).resolve().parent.parent / "data" / "results" / "engine" / "engine.json"
 
-#: The federation of notebook 11: a quarter of the voxels, two rounds.
+#: The federation of notebook 11: the knees of the quick profile at a quarter of the voxels, two rounds.
 LESSON = replace(
     QUICK,
-    name="lesson",
     grid_shape=(20, 40, 40),
     grid_spacing_mm=(4.0, 2.4, 2.4),
     rounds=2,

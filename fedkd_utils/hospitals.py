@@ -289,7 +289,8 @@ def three_hospitals(row: str, settings: Settings, seed: int, folder: Path) -> st
     folders = {site.name: site.folder for site in cohort.clients[:3]}
     method = row_named(row)
     state: State | None = None
-    if method.distils:
+    if method.needs_teacher:
+        print(f"teacher: trained on first use ({settings.teacher_steps} steps), then read from the cache", flush=True)
         taught = teacher.teacher_on(cohorts.make_repository(settings, settings.teacher_contrast), settings, seed)
         state = networks.copy_state(taught.network)
     job = Job(row, settings, seed, state_hash(state) if state is not None else "")

@@ -47,7 +47,7 @@ NAMES = tuple(site.name for site in SITES)
 
 
 def order(row: str, folder: Path, settings: Any = TWO, **more: Any) -> Order:
-    teacher = state_hash(STATE) if ROWS[row].distils else ""
+    teacher = state_hash(STATE) if ROWS[row].needs_teacher else ""
     job = Job(row, settings, 0, teacher, more.pop("teacher_classes", None))
     return Order(job, NAMES, folder / "server", **{"patience_s": 60.0, "join_s": 5.0, **more})
 
@@ -58,7 +58,7 @@ def run(row: str, folder: Path, grid: LocalGrid | None = None, **more: Any) -> A
     return federate(grid, made, STATE if made.job.teacher else None)
 
 
-@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt"])
+@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt", "finetune", "combined_kd"])
 def test_the_engine_gives_every_weight_of_the_simulation(row: str, tmp_path: Path) -> None:
     expected = federation.run_federation(TWO, row, SITES, TEACHER, 0)
     result, report = run(row, tmp_path)
@@ -260,6 +260,7 @@ def test_a_teacher_of_some_classes_travels_with_what_it_was_taught(tmp_path: Pat
         ("pooled", {}, "all data in one place"),
         ("fedbn", {}, "chooses a model for each client"),
         ("ssfl_published", {}, "within groups"),
+        ("chosen_finetune", {}, "chooses a model for each client"),
         ("fedavg", {"compression": "int8"}, "compression 'int8'"),
         ("fedavg", {"noise_multiplier": 1.0}, "noise_multiplier needs clip_norm"),
     ],
@@ -278,7 +279,7 @@ def test_what_the_engine_does_not_carry_is_refused_before_anything_starts(
 def test_a_teacher_that_moves_is_refused() -> None:
     with pytest.raises(FederationError, match="a teacher that moves"):
         check_job(Job("dual_kd", TWO, 0, "a"), TeacherUpdate("hand_over"))
-    with pytest.raises(FederationError, match="distils from a teacher"):
+    with pytest.raises(FederationError, match="needs a teacher"):
         check_job(Job("dual_kd", TWO, 0))
 
 

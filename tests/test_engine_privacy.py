@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ pytest.importorskip("flwr")
 
 from flwr.app import Message
 from test_engine import NAMES, STATE, TWO, disturbed, order, run
-from test_federation import SITES, TINY, equal
+from test_federation import SITES, TEACHER, TINY, equal
 
 from fedkd_utils import federation, server
 from fedkd_utils.clients import FederationError
 from fedkd_utils.engine_local import local_grid
-from fedkd_utils.engine_messages import TRAIN
+from fedkd_utils.engine_messages import TRAIN, payload_bytes
 from fedkd_utils.engine_privacy import with_noise
 from fedkd_utils.engine_server import federate
 from fedkd_utils.networks import State, nbytes
@@ -39,17 +40,11 @@ def secure(row: str, folder: Path, settings: Any = TWO, grid: Any = None, **more
 @pytest.mark.parametrize("row", ["fedavg", "dual_kd"])
 def test_clipping_by_the_engine_is_the_clipping_of_the_course(row: str, tmp_path: Path) -> None:
     clipped = replace(TWO, clip_norm=0.05)
-    expected = federation.run_federation(clipped, row, SITES, federation_teacher(), 0)
+    expected = federation.run_federation(clipped, row, SITES, TEACHER, 0)
     result, _ = run(row, tmp_path, settings=clipped)
     assert furthest(result.models["east"], expected.models["east"]) < 1e-6
-    free = federation.run_federation(TWO, row, SITES, federation_teacher(), 0)
+    free = federation.run_federation(TWO, row, SITES, TEACHER, 0)
     assert furthest(result.models["east"], free.models["east"]) > 1e-3
-
-
-def federation_teacher() -> Any:
-    from test_federation import TEACHER
-
-    return TEACHER
 
 
 def test_the_noise_has_the_deviation_that_the_accountant_is_told() -> None:
@@ -73,7 +68,7 @@ def test_a_run_with_noise_moves_by_it(tmp_path: Path) -> None:
 
 
 def test_the_sum_of_masked_updates_is_their_mean(tmp_path: Path) -> None:
-    expected = federation.run_federation(TWO, "dual_kd", SITES, federation_teacher(), 0)
+    expected = federation.run_federation(TWO, "dual_kd", SITES, TEACHER, 0)
     result, report = secure("dual_kd", tmp_path)
     assert 0 < furthest(result.models["east"], expected.models["east"]) < 1e-3
     assert [who for _, _, who in report.happened("averaged")] == ["east, north, south"] * 2
@@ -93,6 +88,9 @@ def test_no_message_of_a_masked_round_holds_the_weights_of_a_hospital(tmp_path: 
 
     secure("fedavg", tmp_path, ONE, disturbed(tmp_path, change))
     assert len([reply for reply in seen if reply.metadata.message_type == TRAIN]) == 12  # four exchanges
+    with (tmp_path / "node_1" / "traffic.csv").open() as file:
+        noted = sum(int(line["bytes_sent"]) for line in csv.DictReader(file))
+    assert noted == sum(payload_bytes(reply) for reply in seen if reply.metadata.src_node_id == 1)
     for reply in seen:
         assert not any(len(part) for part in reply.content.array_records.values())
 
@@ -115,12 +113,9 @@ def test_a_client_with_partial_labels_does_not_mask(tmp_path: Path) -> None:
     partial = [replace(SITES[0], labelled_classes=(1, 2)), *SITES[1:]]
     _, report = secure("fedavg", tmp_path, ONE, local_grid(partial, tmp_path))
     assert report.happened("no update")[0][1] == "south" and "does not draw every one" in str(report.events)
+    only_south: dict[str, Any] = {"settings": replace(ONE, clip_norm=1.0), "least": 1, "join_s": 0.5}
     with pytest.raises(FederationError, match="0 hospitals sent a usable"):
-        run("fedavg", tmp_path / "clip", local_grid([*partial[:1]] * 1, tmp_path / "clip"), **only_south())
-
-
-def only_south() -> dict[str, Any]:
-    return {"settings": replace(ONE, clip_norm=1.0), "least": 1, "join_s": 0.5}
+        run("fedavg", tmp_path / "clip", local_grid(partial[:1], tmp_path / "clip"), **only_south)
 
 
 def test_masks_and_clipping_go_together(tmp_path: Path) -> None:

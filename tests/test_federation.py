@@ -353,10 +353,10 @@ def test_every_row_sees_the_same_volumes_in_the_same_order_from_the_same_start()
     for row in TRAINED:
         updated(row, augmentation=watch(row))
     assert all(lines == seen["fedavg"] and len(lines) == 4 for lines in seen.values()) and set(seen) == set(TRAINED)
-    plain = federation._begin(TINY, ROWS["fedavg"], SITES, TEACHER, 0).students[""]
+    plain = federation.begin(TINY, ROWS["fedavg"], SITES, TEACHER, 0).students[""]
     for row in TRAINED:
         settings_ = ROWS[row].adapt(TINY)
-        first = next(iter(federation._begin(settings_, ROWS[row], SITES, TEACHER, 0).students.values()))
+        first = next(iter(federation.begin(settings_, ROWS[row], SITES, TEACHER, 0).students.values()))
         if ROWS[row].starts_at_teacher:
             assert equal(first, networks.copy_state(TEACHER))
         elif settings_.student_shrink == 1:
