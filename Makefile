@@ -35,7 +35,7 @@ help:  ## show this list
 
 setup: .venv/ready  ## install everything into .venv
 
-run: setup  ## make the knees, execute the course in order, write it as HTML, print the comparison
+run: setup  ## make the knees, execute every notebook, write the course as HTML, print the comparison
 	@$(BIN)/python -m fedkd_utils course
 
 pages: setup  ## write the committed notebooks as HTML pages, without executing anything
@@ -51,9 +51,10 @@ test: .venv/engine  ## lint, types, unit tests, then every notebook strictly aga
 lab: setup  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-results: setup  ## days: tune every row, run every grid of the reference profile, print the differences; stop any time
+results: setup  ## tune every row, run every grid of the reference profile, print the differences; long, stop any time
 	@$(BIN)/python -m fedkd_utils tune --profile reference
 	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
+	@$(BIN)/python -m fedkd_utils seconds --profile reference
 	@$(BIN)/python -m fedkd_utils results --profile reference
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them

@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkd_utils.settings import PROFILES, SETTINGS_OF_CLIENTS, any_contrast, cache_folder
+from fedkd_utils.settings import PROFILES, PROJECT, SETTINGS_OF_CLIENTS, Settings, any_contrast, cache_folder
 
 if TYPE_CHECKING:
     from fedkd_utils.experiments import Result
-
-PROJECT = Path(__file__).resolve().parent.parent
+    from fedkd_utils.networks import TappedNetwork
 
 
 def _course(arguments: argparse.Namespace) -> None:
@@ -85,8 +84,9 @@ def _cohort(arguments: argparse.Namespace) -> None:
         cohort = cohorts.make_cohort(settings, setting, arguments.seed)
         cohorts.assert_no_leakage(cohort)
         for site in (cohort.repository, *cohort.clients):
-            sizes = ", ".join(f"{len(getattr(site, p))} {p}" for p in ("training", "unlabelled", "validation", "test"))
-            print(f"{setting:14s} {site.name:12s} {cohorts.scanner_title(site):40s} {sizes}\n{'':15s}{site.folder}")
+            print(
+                f"{setting:14s} {site.name:12s} {cohorts.scanner_title(site):40s} {site.counts}\n{'':15s}{site.folder}"
+            )
 
 
 def _teacher(arguments: argparse.Namespace) -> None:
@@ -138,13 +138,31 @@ def _note() -> Callable[[str], None] | None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from fedkd_utils import sites
 
-    made = sites.prepare_sites(arguments.folder, arguments.out, PROFILES[arguments.profile], arguments.seed, _note())
-    for name, site in made.sites.items():
-        sizes = ", ".join(f"{len(getattr(site, p))} {p}" for p in ("training", "unlabelled", "validation", "test"))
-        print(f"{name:20s} {sizes}")
-    for finding in made.warnings:
-        print(f"{finding.level}: {finding.text}")
+    settings = PROFILES[arguments.profile]
+    made = sites.prepare_sites(
+        arguments.folder,
+        arguments.out,
+        settings,
+        arguments.seed,
+        _note(),
+        centred=arguments.centred,
+        network=lambda: _network(arguments, PROFILES["quick"]),  # to find a joint, a coarse grid will do
+    )
+    print(made.text())
     print(f"written: {arguments.out}; look at {arguments.out / 'preview.html'}")
+
+
+def _network(arguments: argparse.Namespace, settings: Settings) -> tuple[TappedNetwork, Settings]:
+    """The network of the options of ``network_options``: a checkpoint, or a teacher that is made on first use."""
+    from fedkd_utils import cohorts, experiments, live, teacher
+
+    if arguments.checkpoint:
+        return experiments.open_model(arguments.checkpoint, arguments.client)
+    if arguments.contrast == "any":
+        settings = any_contrast(settings)
+    site = cohorts.make_repository(settings, settings.teacher_contrast)
+    with live.progress_bar(settings.teacher_steps, "teacher") as advance:
+        return teacher.teacher_on(site, settings, progress=advance).network, settings
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
@@ -219,30 +237,21 @@ def _results(arguments: argparse.Namespace) -> None:
     folder = runner.results_folder(PROJECT, settings)
     for name in grids.GRIDS:
         print(runner.report(name, settings, folder, arguments.seed))
+    print(runner.cost_report(settings, folder, arguments.seed))
 
 
 def _segment(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts, experiments, files, live, segment, teacher
+    from fedkd_utils import files, segment
 
-    segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
-    if arguments.checkpoint:
-        network, settings = experiments.open_model(arguments.checkpoint, arguments.client)
-    else:
-        settings = PROFILES[arguments.profile]
-        if arguments.contrast == "any":
-            settings = any_contrast(settings)
-        site = cohorts.make_repository(settings, settings.teacher_contrast)
-        with live.progress_bar(settings.teacher_steps, "teacher") as advance:
-            network = teacher.teacher_on(site, settings, progress=advance).network
-    result = segment.segment_volume(
-        arguments.volume, network, settings, arguments.out, locate=True, progress=sys.stderr.isatty()
-    )
+    volume = segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
+    network, settings = _network(arguments, PROFILES[arguments.profile])
+    result = segment.segment_volume(volume, network, settings, arguments.out, locate=True, progress=sys.stderr.isatty())
     print(result.report())
     if arguments.table:
         files.write_atomically(arguments.table, result.table().to_csv(index=False).encode())
         print(f"table: {arguments.table}")
     if arguments.preview:
-        segment.preview(arguments.volume, result.path, arguments.preview)
+        segment.preview(volume, result.label, arguments.preview)
         print(f"preview: {arguments.preview}")
 
 
@@ -276,7 +285,19 @@ def _parser() -> argparse.ArgumentParser:
     def profile(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--profile", choices=list(PROFILES), default="quick", help="which settings (default: quick)")
 
-    command("course", _course, "execute the course in order, write it as HTML, print the comparison")
+    def network_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--checkpoint", type=Path, help="a teacher, or the model.safetensors of a run (default: a teacher)"
+        )
+        sub.add_argument("--client", help="with the checkpoint of a run in which every client has a model: whose")
+        sub.add_argument(
+            "--contrast",
+            choices=["dess", "any"],
+            default="any",
+            help="teacher trained on DESS, or on random contrasts (default: any)",
+        )
+
+    command("course", _course, "execute copies of all notebooks, write them as HTML, print the comparison")
     sub = command("notebooks", _notebooks, "execute the committed notebooks in place and stamp them")
     sub.add_argument("name", nargs="*", help="only those whose file name begins so (default: all)")
     sub = command("pages", _pages, "write the committed notebooks as HTML pages, without executing anything")
@@ -331,6 +352,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("out", type=Path, help="a new folder")
     sub.add_argument("--seed", type=int, default=0, help="of the splits, where the set names none")
+    sub.add_argument(
+        "--centred",
+        action="store_true",
+        help="the joint lies in the middle of every volume: do not look for it (default: a volume larger than the grid "
+        "is cut round its label or, without one, where the network of --checkpoint or a teacher sees the joint)",
+    )
+    network_options(sub)
     sub = command("simulate", _simulate, "make images for your own label maps of bones and cartilages, as sites")
     sub.add_argument("folder", type=Path)
     sub.add_argument("out", type=Path, help="a new folder")
@@ -343,16 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     profile(sub)
     sub.add_argument("volume", type=Path)
     sub.add_argument("--out", type=Path, help="the label to write (default: beside you, named after the volume)")
-    sub.add_argument(
-        "--checkpoint", type=Path, help="a teacher, or the model.safetensors of a run (default: a teacher)"
-    )
-    sub.add_argument("--client", help="with the checkpoint of a run in which every client has a model: whose")
-    sub.add_argument(
-        "--contrast",
-        choices=["dess", "any"],
-        default="any",
-        help="teacher trained on DESS, or on random contrasts (default: any)",
-    )
+    network_options(sub)
     sub.add_argument("--preview", type=Path, help="also write a picture (PNG)")
     sub.add_argument("--table", type=Path, help="also write volumes and mean thickness (CSV)")
     command("demo", _demo, "write data/demo again, with the picture of the README")

@@ -1,4 +1,4 @@
-"""JupyterLab on this machine's loopback, driven in a headless Chromium: for the browser test and the benchmark."""
+"""JupyterLab on this machine's loopback, driven in a headless Chromium: for tests and for the benchmark."""
 
 from __future__ import annotations
 

@@ -66,6 +66,11 @@ class Update:
     class_shares: dict[int, float] = field(default_factory=dict)  # see SiteData.class_shares; empty: all are drawn
     packet: State | None = None  # what travels in the place of ``state`` when updates are compressed
 
+    @property
+    def sent(self) -> State:
+        """The tensors that travel to the server for the student."""
+        return self.state if self.packet is None else self.packet
+
 
 def steps_per_round(settings: Settings) -> int:
     """Optimiser steps of one client in one round."""
@@ -109,8 +114,13 @@ def signals_for(
     seeds = [seed_of(seed, "signals", site.name, index) for index in range(len(site.unlabelled_images))]
     passes = settings.teacher_passes if settings.response_weight else 0  # else nobody asks how sure it is
     signals = teacher_signals(teacher, site.unlabelled_images, passes, seeds, progress, classes)
+    return replace(signals, trust=trust_in(teacher, site, classes))
+
+
+def trust_in(teacher: TappedNetwork, site: SiteData, classes: tuple[int, ...] | None = None) -> float:
+    """How far a teacher agrees with a client's few labels, 0 to 1, in the classes that both know."""
     both = [tuple(c for c in own if classes is None or c in classes) for own in site.classes_by_volume]
-    return replace(signals, trust=agreement(teacher, site.labelled_images, site.labels, both))
+    return agreement(teacher, site.labelled_images, site.labels, both)
 
 
 def local_names(method: Method, network: TappedNetwork) -> frozenset[str]:
@@ -118,9 +128,9 @@ def local_names(method: Method, network: TappedNetwork) -> frozenset[str]:
     return normalisation_names(network) if method.local_normalisation else frozenset()
 
 
-def own_tensors(kept: Mapping[str, Tensor]) -> State:
-    """The student's own tensors in what a client keeps."""
-    return {name.removeprefix("own/"): tensor for name, tensor in kept.items() if name.startswith("own/")}
+def kept_part(kept: Mapping[str, Tensor], part: str) -> State:
+    """One part of what a client keeps: "own" tensors of its student, the "average", or what is "missing"."""
+    return {name.removeprefix(f"{part}/"): t for name, t in kept.items() if name.startswith(f"{part}/")}
 
 
 @torch.no_grad()
@@ -191,7 +201,7 @@ def client_update(
         raise FederationError(f"{method.title!r} needs the teacher: send it to client {site.name} first.")
     network = build_student(settings, 0)
     local = local_names(method, network)
-    own = {name: tensor for name, tensor in copy_state(network).items() if name in local} | own_tensors(kept)
+    own = {name: tensor for name, tensor in copy_state(network).items() if name in local} | kept_part(kept, "own")
     load_state(network, {**global_state, **own}, f"The student sent to client {site.name}")
     network.to(device)
     received = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
@@ -217,8 +227,7 @@ def client_update(
     average: TappedNetwork | None = None
     if method.mean_teacher:
         average = freeze(build_student(settings, 0))
-        state = {name.removeprefix("average/"): t for name, t in kept.items() if name.startswith("average/")}
-        load_state(average, state or global_state, f"The mean teacher of client {site.name}")
+        load_state(average, kept_part(kept, "average") or global_state, f"The mean teacher of client {site.name}")
         average.to(device)
 
     def batch(step: int) -> Batch:
@@ -280,8 +289,8 @@ def client_update(
     packet: State | None = None
     if settings.compression is not None:
         check_finite(shared, f"The update of client {site.name}")  # an integer of 8 bits would hide NaN
-        missing = {name.removeprefix("missing/"): t for name, t in kept.items() if name.startswith("missing/")}
-        packet, shared, missing = compress(shared, global_state, missing, codec_named(settings.compression))
+        codec = codec_named(settings.compression)
+        packet, shared, missing = compress(shared, global_state, kept_part(kept, "missing"), codec)
         keeps |= {f"missing/{name}": tensor for name, tensor in missing.items()}
     return Update(site.name, shared, site.examples, parts | times, teacher_state, keeps, site.class_shares, packet)
 

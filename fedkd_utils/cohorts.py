@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import os
-import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,14 +26,12 @@ from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fedkd_utils import acquisition
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
-from fedkd_utils.files import write_atomically
+from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, SETTINGS_OF_CLIENTS, Settings, cache_folder
 
@@ -43,8 +39,11 @@ ScanFunction = Callable[[int, Scanner, int], Scan]
 Plan = dict[str, tuple[Scanner, dict[str, list[int]]]]  # site -> its scanner, split -> subjects
 
 #: The modules that make the files; their hash as they were at import, since a kernel may outlive an edit.
-DATA_CODE = ("anatomy", "recontrast", "acquisition", "cohorts")
+DATA_CODE = ("anatomy", "recontrast", "acquisition", "files", "cohorts")
 _CODE = code_hash(DATA_CODE)
+
+#: What a site's volumes are for, in the order of the fields of :class:`Site`.
+SPLITS = ("training", "unlabelled", "validation", "test")
 
 #: The scanner of each client, in turn.
 CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
@@ -78,11 +77,17 @@ class Site:
     unlabelled: tuple[Item, ...]
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
+    left_out: tuple[Item, ...] = ()  # held out for validation or test by the site, but without a label
 
     @property
     def items(self) -> tuple[Item, ...]:
-        """All volumes."""
+        """All volumes that are used."""
         return (*self.training, *self.unlabelled, *self.validation, *self.test)
+
+    @property
+    def counts(self) -> str:
+        """How many volumes each split has, in words."""
+        return ", ".join(f"{len(getattr(self, split))} {split}" for split in SPLITS)
 
 
 @dataclass(frozen=True)
@@ -252,23 +257,6 @@ def _orders(plan: Plan) -> list[_Order]:
     return orders
 
 
-def _nifti_bytes(array: np.ndarray, affine: np.ndarray, levels: int = 32767) -> bytes:
-    """A gzipped NIfTI file in memory, an image as int16 in so many levels; equal arrays give equal bytes."""
-    if array.dtype == np.uint8:
-        image = nib.Nifti1Image(array, affine)
-    else:
-        slope = max(float(array.max()), 1e-6) / levels
-        image = nib.Nifti1Image(np.round(array / slope).astype(np.int16), affine)
-        image.header.set_slope_inter(slope, 0.0)
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
-    image.header.set_xyzt_units("mm")
-    out = io.BytesIO()
-    with gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0, filename="") as zipped:
-        zipped.write(image.to_bytes())
-    return out.getvalue()
-
-
 def _fill(order: _Order, scan: ScanFunction, folder: Path) -> dict[str, str]:
     """Make one volume; returns the checksums of its two files."""
     threads = torch.get_num_threads()
@@ -279,7 +267,7 @@ def _fill(order: _Order, scan: ScanFunction, folder: Path) -> dict[str, str]:
         torch.set_num_threads(threads)
     sums = {}
     for name, array in ((order.image, made.image), (order.label, made.label)):
-        content = _nifti_bytes(array, made.affine)
+        content = nifti_bytes(array, made.affine)
         write_atomically(folder / name, content)
         sums[name] = hashlib.sha256(content).hexdigest()
     return sums
@@ -365,19 +353,12 @@ def _make(folder: Path, plan: Plan, workers: int, scan: ScanFunction, label: str
 
 def _build(folder: Path, orders: list[_Order], plan: Plan, scan: ScanFunction, workers: int, label: str | None) -> None:
     """Make everything beside its place and move it there when it is whole."""
-    building = folder.parent / f".{folder.name}.building"
-    shutil.rmtree(building, ignore_errors=True)
-    try:
+    with folder_in_one_step(folder, replace=True) as building:
         sums = _fill_all(orders, scan, building, workers, label)
         for name, content in _descriptions(plan).items():
             write_atomically(building / name, content)
             sums[name] = hashlib.sha256(content).hexdigest()
         write_atomically(building / "checksums.json", json.dumps(sums, indent=1, sort_keys=True).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)  # a full disk stays no fuller than it was
-        raise
 
 
 def _mend(
@@ -416,40 +397,59 @@ def _sha256(path: Path) -> str:
 
 def _descriptions(plan: Plan) -> dict[str, bytes]:
     """The content of every site's ``dataset.json``, by its path in the cohort's folder."""
-    return {
-        f"{site}/dataset.json": json.dumps(_description(site, scanner, splits), indent=1).encode()
-        for site, (scanner, splits) in plan.items()
-    }
+    out = {}
+    for site, (scanner, splits) in plan.items():
+        files = {split: {f"knee_{s:05d}.nii.gz": s for s in subjects} for split, subjects in splits.items()}
+        out[f"{site}/dataset.json"] = dataset_json(
+            site,
+            f"Made knees on one scanner: {scanner.title}",
+            {split: list(names) for split, names in files.items()},
+            list(CARTILAGES),
+            {name: subject for names in files.values() for name, subject in names.items()},
+            reference="fedkd_utils.anatomy and fedkd_utils.acquisition",
+            licence="Apache-2.0",
+            provenance={"scanner": asdict(scanner), "scan_seed": SCAN_SEED, "code_sha256": _CODE},
+        )
+    return out
 
 
-def _description(site: str, scanner: Scanner, splits: dict[str, list[int]]) -> dict[str, Any]:
-    """``dataset.json``: the keys of the Decathlon, and ours for validation, subjects and provenance."""
+def dataset_json(
+    name: str,
+    description: str,
+    files: Mapping[str, Sequence[str]],
+    labelled_classes: list[int] | Mapping[str, list[int]],
+    subjects: Mapping[str, int],
+    **more: object,
+) -> bytes:
+    """The content of a site's ``dataset.json``: the keys of the Decathlon, and those that :func:`open_site` reads.
 
-    def pair(subject: int, half: str) -> dict[str, str]:
-        file = f"knee_{subject:05d}.nii.gz"
-        return {"image": f"./images{half}/{file}", "label": f"./labels{half}/{file}"}
+    Args:
+        files: file names by split (:data:`SPLITS`).
+        labelled_classes: of all volumes, or by file name.
+        subjects: numbers by file name.
+        more: further keys.
+    """
 
-    training = [pair(s, "Tr") for s in splits["training"]]
-    test = [pair(s, "Ts") for s in splits["test"]]
-    subjects = {f"knee_{s:05d}.nii.gz": s for numbers in splits.values() for s in numbers}
-    return {
-        "name": site,
-        "description": f"Made knees on one scanner: {scanner.title}",
-        "reference": "fedkd_utils.anatomy and fedkd_utils.acquisition",
-        "licence": "Apache-2.0",
+    def entry(split: str, file: str) -> str | dict[str, str]:
+        half = "Ts" if split == "test" else "Tr"
+        image = f"./images{half}/{file}"
+        return image if split == "unlabelled" else {"image": image, "label": f"./labels{half}/{file}"}
+
+    entries = {split: [entry(split, file) for file in files.get(split, ())] for split in SPLITS}
+    facts = {
+        "name": name,
+        "description": description,
         "tensorImageSize": "3D",
         "modality": {"0": "MRI"},
-        "labels": {str(i): name for i, name in enumerate(CLASS_NAMES)},
-        "numTraining": len(training),
-        "numTest": len(test),
-        "training": training,
-        "validation": [pair(s, "Tr") for s in splits["validation"]],
-        "unlabelled": [pair(s, "Tr")["image"] for s in splits.get("unlabelled", [])],
-        "test": test,
-        "labelled_classes": list(CARTILAGES),
+        "labels": {str(i): word for i, word in enumerate(CLASS_NAMES)},
+        "numTraining": len(entries["training"]),
+        "numTest": len(entries["test"]),
+        **entries,
+        "labelled_classes": labelled_classes,
         "subjects": subjects,
-        "provenance": {"scanner": asdict(scanner), "scan_seed": SCAN_SEED, "code_sha256": _CODE},
+        **more,
     }
+    return json.dumps(facts, indent=1).encode()
 
 
 # --- opening ------------------------------------------------------------
@@ -490,23 +490,30 @@ def _facts(described: Path) -> dict[str, Any]:
     return facts
 
 
-def _number(folder: Path, name: str) -> int:
-    """A subject number for a volume whose subject nobody names: its own, also among several sites."""
-    return int(hashlib.sha256(f"{folder.resolve()}/{name}".encode()).hexdigest()[:12], 16) + 2**48
+def number_of(person: str) -> int:
+    """A number for a person's name: always the same, and hardly ever that of another one."""
+    return int(hashlib.sha256(person.encode()).hexdigest()[:12], 16)
+
+
+def _listed(facts: dict[str, Any], part: str) -> list[str]:
+    """The files that ``dataset.json`` lists in a part: images, and labels where it names them."""
+    entries = facts.get(part, [])
+    return [str(file) for e in entries for file in (e.values() if isinstance(e, dict) else [e])]
 
 
 def open_site(folder: str | Path) -> Site:
     """Open any folder in the Decathlon or nnU-Net layout.
 
-    ``dataset.json`` may name ``validation`` cases, the ``labelled_classes`` (a list for the site, or file name -> list
-    where volumes differ; a volume that is not named has all) and the ``subjects`` (file name -> number). Without it
-    every labelled volume of ``imagesTr`` is training data, all cartilages count as labelled, and every volume as a
-    subject of its own. An image in ``imagesTr`` without a label is unlabelled; one in ``imagesTs`` without a label
-    cannot be scored and is left out.
+    ``dataset.json`` may name ``validation`` and ``test`` cases, the ``labelled_classes`` (a list for the site, or file
+    name -> list where volumes differ; a volume that is not named has all) and the ``subjects`` (file name -> number).
+    Without it every labelled volume of ``imagesTr`` is training data, those of ``imagesTs`` are for test, all
+    cartilages count as labelled, and every volume as a subject of its own. An image in ``imagesTr`` without a label is
+    unlabelled. One without a label that is named for validation or test, or lies in ``imagesTs``, can be neither scored
+    nor, since it was held out, trained on: it is ``left_out``.
 
     Raises:
         CohortError: no volume, a label without an image, an unreadable ``dataset.json``, or one that lists a file
-            that is not there or names classes or subjects that are none.
+            that is not there, or names classes or subjects that are none or of no file.
     """
     folder = Path(folder)
     images, labels = _volumes(folder / "imagesTr"), _volumes(folder / "labelsTr")
@@ -515,14 +522,11 @@ def open_site(folder: str | Path) -> Site:
         raise CohortError(f"{folder}: no volume in imagesTr. Put .nii.gz files there, and their labels in labelsTr.")
     described = folder / "dataset.json"
     facts = _facts(described)
-    for part in ("training", "validation", "test", "unlabelled"):
-        for entry in facts.get(part, []):
-            for listed in entry.values() if isinstance(entry, dict) else [entry]:
-                path = folder / str(listed)
-                if not path.is_file() and _bare(path.name) not in _volumes(path.parent):
-                    raise CohortError(
-                        f"{described}: lists {listed}, which is not there. Add the file or drop the entry."
-                    )
+    for part in SPLITS:
+        for listed in _listed(facts, part):
+            path = folder / listed
+            if not path.is_file() and _bare(path.name) not in _volumes(path.parent):
+                raise CohortError(f"{described}: lists {listed}, which is not there. Add the file or drop the entry.")
     for kind, owners, owned in (("imagesTr", images, labels), ("imagesTs", tests, test_labels)):
         for name in owned.keys() - owners.keys():
             raise CohortError(f"{owned[name]}: no image of this name in {kind}. Add the image or remove the label.")
@@ -541,23 +545,39 @@ def open_site(folder: str | Path) -> Site:
     for own in (classes, *classes_of.values()):
         if not own or not set(own) <= set(CARTILAGES):
             raise CohortError(f"{described}: labelled_classes is {list(own)}. Use some of {list(CARTILAGES)}.")
-    validating = {
-        _bare(Path(str(e.get("image", "") if isinstance(e, dict) else e)).name) for e in facts.get("validation", [])
+    for key, names in (("labelled_classes", classes_of), ("subjects", subjects)):
+        for name in sorted(names.keys() - images.keys() - tests.keys()):
+            raise CohortError(f"{described}: {key} names {name}, but no image is called so. Correct the name.")
+
+    def named(part: str) -> set[str]:
+        return {_bare(Path(file).name) for file in _listed(facts, part)}
+
+    split_of = dict.fromkeys(images, "training") | dict.fromkeys(tests, "test")
+    split_of |= dict.fromkeys(named("validation") & images.keys(), "validation")
+    split_of |= dict.fromkeys(named("test") & images.keys(), "test")
+    known = labels | test_labels
+    split_of = {
+        name: split if name in known else "unlabelled" if split == "training" else "left_out"
+        for name, split in split_of.items()
     }
 
-    def item(name: str, image: Path, label: Path | None) -> Item:
-        number = subjects[name] if name in subjects else _number(folder, name)
-        return Item(name, number, image, label, classes_of.get(name, classes))
+    def items(split: str) -> tuple[Item, ...]:
+        out = []
+        for name, image in (images | tests).items():
+            if split_of[name] == split:
+                number = subjects[name] if name in subjects else _own_number(folder, name)
+                out.append(Item(name, number, image, known.get(name), classes_of.get(name, classes)))
+        return tuple(out)
 
-    labelled = {n: item(n, p, labels[n]) for n, p in images.items() if n in labels}
-    return Site(
-        name=folder.resolve().name,
-        folder=folder,
-        training=tuple(i for n, i in labelled.items() if n not in validating),
-        unlabelled=tuple(item(n, p, None) for n, p in images.items() if n not in labels),
-        validation=tuple(i for n, i in labelled.items() if n in validating),
-        test=tuple(item(n, p, test_labels[n]) for n, p in tests.items() if n in test_labels),
-    )
+    return Site(folder.resolve().name, folder, *(items(split) for split in (*SPLITS, "left_out")))
+
+
+def _own_number(folder: Path, name: str) -> int:
+    """The subject of a volume whose subject nobody names: nobody else, also among sites of other names.
+
+    Of the site's name and not its place: a folder that is moved keeps its people, and with them its splits.
+    """
+    return number_of(f"{folder.resolve().name}/{name}") + 2**48
 
 
 def scanner_title(site: Site) -> str:
@@ -590,7 +610,7 @@ def assert_no_leakage(cohort: Cohort) -> None:
     """
     seen: dict[tuple[str, object], tuple[object, str]] = {}
     for site in (cohort.repository, *cohort.clients):
-        for split in ("training", "unlabelled", "validation", "test"):
+        for split in SPLITS:
             for item in getattr(site, split):
                 words = f"{site.name} {split} ({item.image})"
                 place = (site.name, "training" if split == "unlabelled" else split)
@@ -613,7 +633,7 @@ def write_demonstration(folder: Path) -> None:
     for name, scanner in DEMONSTRATION.items():
         made = acquisition.scan(DEMONSTRATION_SUBJECT, SCANNERS[scanner], SCAN_SEED)
         for kind, array in (("knee", made.image), ("label", made.label)):
-            content = _nifti_bytes(array, made.affine, levels=4095)
+            content = nifti_bytes(array, made.affine, levels=4095)
             write_atomically(folder / f"{kind}_{name}.nii.gz", content)
             sums[f"{kind}_{name}.nii.gz"] = hashlib.sha256(content).hexdigest()
     facts = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils.networks import State
+from fedkd_utils.settings import entry_named
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,7 @@ def codec_named(name: str) -> Codec:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in CODECS:
-        raise ValueError(f"There is no compression {name!r}: choose None or one of {', '.join(CODECS)}.")
-    return CODECS[name]
+    return entry_named(CODECS, name, "compression")
 
 
 def compress(

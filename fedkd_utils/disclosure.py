@@ -117,7 +117,7 @@ def epsilon(noise_multiplier: float, rounds: int, delta: float, sample_rate: flo
 
     Args:
         noise_multiplier: z.
-        delta: the probability with which the promise may fail; far below one over the number of clients.
+        delta: the slack of the promise, for every set of outcomes; far below one over the number of clients.
         sample_rate: the probability with which a client takes part in a round; with few hospitals 1.
 
     Raises:

@@ -102,10 +102,32 @@ def _with_feedback(change: Any, missing: Any, k: int) -> dict[str, Any]:
     return {"sent": sent, "missing": wanted - sent}
 
 
+def _first_reached(dice: Any, seconds_per_round: float, target: float) -> float:
+    for done, value in enumerate(dice, start=1):
+        if value >= target:
+            return done * seconds_per_round
+    return math.inf
+
+
+def _on_front(dice: Any, cost: Any, equal_is_beaten: bool = True) -> Any:
+    """Whether nobody is better at no higher cost, or as good at a lower one."""
+    dice, cost = np.asarray(dice), np.asarray(cost)
+    better = (dice > dice[:, None]) & (cost <= cost[:, None])
+    cheaper = (dice >= dice[:, None]) & (cost < cost[:, None])
+    return ~(better | (cheaper & equal_is_beaten)).any(axis=1)
+
+
+def _half_width(a: Any, b: Any, of_pairs: bool = True, root: bool = True) -> float:
+    a, b = np.asarray(a), np.asarray(b)
+    spread = np.std(a - b, ddof=1) if of_pairs else math.hypot(np.std(a, ddof=1), np.std(b, ddof=1))
+    return float(1.96 * spread / (math.sqrt(len(a)) if root else 1))
+
+
 _change, _missing = _rng.normal(size=12), _rng.normal(size=12)
 _peaked = (4 * _logits).softmax(dim=1)
 _wide = 300 * _logits
 _shares = _peaked[0].numpy()  # (C, D, H, W)
+_table = np.random.default_rng(20237).normal(size=(4, 6))  # (seeds, subjects)
 
 _sent = np.arange(6.0).reshape(2, 3)
 
@@ -411,6 +433,124 @@ EXERCISES: dict[str, Exercise] = {
                 "sent": (sent := _largest(c + e, abs(c + e), k)),
                 "missing": c - sent,
             },
+        },
+    ),
+    "crossed_resample": Exercise(
+        lambda table, seeds, subjects: table[np.ix_(seeds, subjects)].mean(),
+        [(_table, [0, 0, 2, 2], [1, 4, 4, 0]), (_table, [1, 1, 1, 3], [2, 2, 3, 5])],
+        {
+            "every drawn seed meets every drawn subject; pairing them off uses four cells of sixteen.": (
+                lambda table, seeds, subjects: table[seeds, subjects].mean()
+            ),
+            "a subject that is drawn twice counts twice; a set forgets that.": lambda table, seeds, subjects: table[
+                np.ix_(sorted(set(seeds)), sorted(set(subjects)))
+            ].mean(),
+            "the subjects are drawn as well as the seeds.": lambda table, seeds, subjects: table[seeds].mean(),
+        },
+    ),
+    "seconds_to_reach": Exercise(
+        _first_reached,
+        [([0.2, 0.5, 0.6, 0.55], 3.0, 0.5), ([0.7, 0.6], 2.0, 0.65), ([0.1, 0.2], 2.0, 0.3)],
+        {
+            "a round has to end before its Dice is there: the first round costs one round, not none.": (
+                lambda dice, seconds, target: _first_reached(dice, seconds, target) - seconds
+            ),
+            "never reached is not reached at once: argmax of nothing true is 0.": (
+                lambda dice, seconds, target: (int(np.argmax(np.asarray(dice) >= target)) + 1) * seconds
+            ),
+            "when it is there first, not when it is highest.": lambda dice, seconds, target: (
+                (int(np.argmax(dice)) + 1) * seconds if max(dice) >= target else math.inf
+            ),
+        },
+    ),
+    "on_front": Exercise(
+        _on_front,
+        [([0.7, 0.8, 0.75, 0.9], [1.0, 2.0, 3.0, 9.0]), ([0.5, 0.5, 0.4], [1.0, 2.0, 1.0])],
+        {
+            "the best is on the front, but so is whoever is cheaper than all that are better.": lambda dice, cost: (
+                np.asarray(dice) == max(dice)
+            ),
+            "Dice per second is no currency: on the front is whom nobody beats in both.": lambda dice, cost: (
+                np.asarray(dice) / np.asarray(cost) >= np.median(np.asarray(dice) / np.asarray(cost))
+            ),
+            "as good and dearer is beaten too.": lambda dice, cost: _on_front(dice, cost, equal_is_beaten=False),
+        },
+    ),
+    "honest_score": Exercise(
+        lambda validation, test: test[int(np.argmax(validation))],
+        [([0.5, 0.7, 0.6], [0.4, 0.55, 0.65]), ([0.8, 0.2, 0.4], [0.7, 0.9, 0.6])],
+        {
+            "the best round on the test volumes was chosen by the test volumes.": lambda validation, test: max(test),
+            "report the test volumes; the validation volumes have done their work.": lambda validation, test: max(
+                validation
+            ),
+            "the last round is honest, but not what was asked.": lambda validation, test: test[-1],
+        },
+    ),
+    "smallest_detectable": Exercise(
+        _half_width,
+        [([0.8, 0.7, 0.6, 0.9], [0.75, 0.66, 0.58, 0.82]), ([0.5, 0.5, 0.9], [0.4, 0.6, 0.7])],
+        {
+            "the two rows saw the same knees: what counts is the spread of the *differences*.": lambda a, b: (
+                _half_width(a, b, of_pairs=False)
+            ),
+            "a mean of n differences spreads less than one of them, by the root of n.": lambda a, b: _half_width(
+                a, b, root=False
+            ),
+        },
+    ),
+    "verdict": Exercise(
+        lambda low, high: 1 if low > 0 else -1 if high < 0 else 0,
+        [(0.01, 0.04), (-0.03, -0.01), (-0.01, 0.04), (-0.04, 0.01)],
+        {
+            "an interval that holds zero decides nothing, whatever side most of it lies on.": lambda low, high: (
+                1 if low + high > 0 else -1
+            ),
+            "undecided is not refuted.": lambda low, high: 1 if low > 0 else -1,
+            "both ends must lie above zero; the lower one says whether they do.": lambda low, high: (
+                1 if high > 0 else -1
+            ),
+        },
+    ),
+    "plan_mb": Exercise(
+        lambda message_mb, rounds, up_share: message_mb * (rounds + 1) + message_mb * rounds * up_share,
+        [(2.0, 12, 1.0), (0.12, 4, 0.25), (1.0, 1, 0.0)],
+        {
+            "the first student travels before the first round: one message more goes down than rounds are played.": (
+                lambda message_mb, rounds, up_share: message_mb * rounds * (1 + up_share)
+            ),
+            "only what goes up is made smaller.": lambda message_mb, rounds, up_share: (
+                message_mb * (2 * rounds + 1) * up_share
+            ),
+        },
+    ),
+    "rounds_within": Exercise(
+        lambda budget_mb, message_mb, up_share: math.floor(
+            (budget_mb - message_mb) / (message_mb * (1 + up_share)) + 1e-9
+        ),
+        [(1.5, 0.12, 1.0), (12.0, 2.0, 0.25), (10.0, 1.0, 0.0)],
+        {
+            "the first message is paid for before the first round.": lambda budget_mb, message_mb, up_share: math.floor(
+                budget_mb / (message_mb * (1 + up_share)) + 1e-9
+            ),
+            "a round that is paid for in part is over the budget: round down.": (
+                lambda budget_mb, message_mb, up_share: math.ceil(
+                    (budget_mb - message_mb) / (message_mb * (1 + up_share)) - 1e-9
+                )
+            ),
+        },
+    ),
+    "best_within": Exercise(
+        lambda dice, mb, budget_mb: max(d for d, m in zip(dice, mb, strict=True) if m <= budget_mb),
+        [([0.7, 0.9, 0.8], [0.0, 5.0, 1.5], 1.5), ([0.6, 0.65], [0.0, 0.1], 1.0), ([0.7, 0.5], [0.0, 1.0], 2.0)],
+        {
+            "what costs exactly the budget is within it.": lambda dice, mb, budget_mb: max(
+                d for d, m in zip(dice, mb, strict=True) if m < budget_mb
+            ),
+            "the best of all may be too dear.": lambda dice, mb, budget_mb: max(dice),
+            "the dearest that can be paid need not be the best.": lambda dice, mb, budget_mb: max(
+                (m, d) for d, m in zip(dice, mb, strict=True) if m <= budget_mb
+            )[1],
         },
     ),
     "run_bytes": Exercise(

@@ -18,6 +18,7 @@ import pandas as pd
 
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
+from fedkd_utils.clients import trust_in
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.files import write_atomically
@@ -137,24 +138,25 @@ def run_sites(
 ) -> Result:
     """Run a row on a reader's own sites (:func:`sites.open_sites`) with all their volumes, and keep it like any run.
 
-    The teacher learns from the cohort's repository; when that is empty, from made knees of random contrasts. The pooled
-    row has the labelled volumes of all clients.
+    The teacher learns from the cohort's repository; when that is empty, from made knees of random contrasts. A row that
+    chooses its teacher chooses between these two. The pooled row has the labelled volumes of all clients.
 
     Raises:
         ValueError: an unknown row, or sites that it cannot use.
     """
     method = row_named(row)
-    settings = replace(method.adapt(settings), clients=len(cohort.clients))
-    teacher = None
-    if method.needs_teacher and cohort.repository.training:
-        with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
-            teacher = teacher_on(cohort.repository, settings, seed, root, advance)
-    elif method.needs_teacher:
-        teacher = _teacher(any_contrast(settings), seed, root, show_progress)
+    settings = method.for_run(replace(settings, clients=len(cohort.clients)))
+    own = cohort.repository if cohort.repository.training else None
+    if method.needs_teacher and own is None:
+        settings = any_contrast(settings)
+    teachers = []
+    if method.needs_teacher:
+        teachers = [_teacher(settings, seed, root, show_progress, own)]
+    if method.chooses_teacher and own is not None:
+        teachers.append(_teacher(any_contrast(settings), seed, root, show_progress))
     if method.pooled:
-        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
         cohort = replace(cohort, clients=tuple(replace(site, unlabelled=()) for site in cohort.clients))
-    ready = _Ready(method, settings, cohort, teacher)
+    ready = _Ready(method, settings, cohort, tuple(teachers))
     return _run(ready, row, cohort.setting, seed, root, workers=workers, show_progress=show_progress)
 
 
@@ -172,8 +174,7 @@ def _run(
     keep: bool = True,
 ) -> Result:
     method, settings, cohort, base = ready.method, ready.settings, ready.cohort, root or cache_folder()
-    network, teacher = ready.network, ready.teacher
-    inputs = _inputs(row, setting, seed, settings, cohort, network, teacher_update)
+    inputs = _inputs(row, setting, seed, settings, cohort, ready.teachers, teacher_update)
     folder = base / "runs" / _folder_name(settings.name, setting, row, seed, inputs)
     label = f"{method.title}, {setting}"
     stored = _stored(folder, inputs)
@@ -183,6 +184,7 @@ def _run(
         return stored
     data = list(sites) if sites is not None else load_clients(cohort, settings)
     trained = _trained_on(ready, data)
+    teacher = _chosen_teacher(ready, trained)
     total = total_progress(settings, row, trained, teacher_update) + len(data)
     bar = progress_bar(total, label) if show_progress else nullcontext(_silent)
     with repeatable(), bar as advance:
@@ -190,7 +192,7 @@ def _run(
             settings,
             row,
             trained,
-            network,
+            teacher.network if teacher is not None else None,
             seed,
             folder,
             teacher_update=teacher_update,
@@ -201,6 +203,10 @@ def _run(
         if method.pooled:
             outcome = for_all(outcome, [site.name for site in data])
         test = _test(outcome, data, settings, advance)
+    for other in ready.teachers:
+        if other is not teacher:
+            for site in trained:
+                outcome.ledger.record(0, "down", site.name, "teacher not chosen", other.network.state_dict())
     result = Result(
         row=row,
         setting=setting,
@@ -233,6 +239,16 @@ def _facts(teacher: Teacher) -> dict[str, Any]:
     return {"seconds": teacher.seconds, "validation": teacher.best_dice, "weights_sha256": weights}
 
 
+def _chosen_teacher(ready: _Ready, sites: Sequence[SiteData]) -> Teacher | None:
+    """The teacher of a row; where it may choose, the one with the higher mean Dice on the clients' few labels."""
+    if len(ready.teachers) < 2:
+        return ready.teachers[0] if ready.teachers else None
+    return max(
+        ready.teachers,
+        key=lambda teacher: np.mean([trust_in(teacher.network, site, teacher.classes) for site in sites]),
+    )
+
+
 @dataclass(frozen=True)
 class _Ready:
     """What a run of a row needs before any volume is loaded."""
@@ -240,11 +256,7 @@ class _Ready:
     method: Method
     settings: Settings  # those of the row
     cohort: cohorts.Cohort
-    teacher: Teacher | None
-
-    @property
-    def network(self) -> TappedNetwork | None:
-        return self.teacher.network if self.teacher is not None else None
+    teachers: tuple[Teacher, ...]  # those that the row may use: none, one, or the two of which it chooses
 
 
 def _ready(
@@ -257,18 +269,23 @@ def _ready(
     show_progress: bool,
 ) -> _Ready:
     method = row_named(row)
-    settings = method.adapt(settings)
+    settings = method.for_run(settings)
     cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, root=root), settings, seed)
-    if method.pooled:  # all steps of all clients, one after the other
-        settings = replace(settings, steps_per_epoch=settings.steps_per_epoch * len(cohort.clients))
-    teacher = _teacher(settings, seed, root, show_progress) if method.needs_teacher else None
-    return _Ready(method, settings, cohort, teacher)
+    contrasts = [settings.teacher_contrast] if method.needs_teacher else []
+    if method.chooses_teacher:
+        contrasts.append("random")
+    choices = [replace(settings, teacher_contrast=contrast) for contrast in contrasts]
+    return _Ready(method, settings, cohort, tuple(_teacher(s, seed, root, show_progress) for s in choices))
+
+
+def _training_sites(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
+    """Where a row trains: at the clients, or at one site with all their volumes."""
+    return [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
 
 
 def _trained_on(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
-    """Where a row trains, with its volumes on the device that computes."""
-    trained = [shares.pooled_site(ready.cohort, ready.settings)] if ready.method.pooled else sites
-    return [site.to(compute_device()) for site in trained]
+    """The same with its volumes on the device that computes."""
+    return [site.to(compute_device()) for site in _training_sites(ready, sites)]
 
 
 def validated(
@@ -290,7 +307,9 @@ def validated(
     try:
         with repeatable():
             trained = _trained_on(ready, data)
-            outcome = run_federation(ready.settings, row, trained, ready.network, seed, workers=workers)
+            teacher = _chosen_teacher(ready, trained)
+            network = teacher.network if teacher is not None else None
+            outcome = run_federation(ready.settings, row, trained, network, seed, workers=workers)
     except (TrainingError, CheckpointError):
         return float("nan")
     history = outcome.history.set_index(["client", "round"])["validation"]
@@ -298,10 +317,12 @@ def validated(
 
 
 def timed(row: str, setting: str, settings: Settings, root: Path | None = None) -> pd.DataFrame:
-    """The history of a run of a row on the first two clients of a cohort, one after the other; for its seconds."""
+    """The history of a row on the first two clients of a cohort, one after the other on the CPU; for its seconds."""
     ready = _ready(row, setting, 0, settings, root, None, False)
-    trained = _trained_on(ready, load_clients(ready.cohort, ready.settings))[:2]
-    return run_federation(ready.settings, row, trained, ready.network, 0, workers=1).history
+    trained = _training_sites(ready, load_clients(ready.cohort, ready.settings))[:2]
+    teacher = _chosen_teacher(ready, trained)
+    network = teacher.network if teacher is not None else None
+    return run_federation(ready.settings, row, trained, network, 0, workers=1).history
 
 
 def _silent(steps: int, note: str) -> None:
@@ -314,10 +335,16 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
     return replace(outcome, models=dict.fromkeys(names, model), best_round=dict.fromkeys(names, best_round))
 
 
-def _teacher(settings: Settings, seed: int, root: Path | None, show_progress: bool) -> Teacher:
-    """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches."""
+def _teacher(
+    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: cohorts.Site | None = None
+) -> Teacher:
+    """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches.
+
+    It learns from ``repository``, or from the course's own through ``settings.teacher_contrast``.
+    """
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
-        repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+        if repository is None:
+            repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
         return teacher_on(repository, settings, seed, root, advance)
 
 
@@ -327,7 +354,7 @@ def _inputs(
     seed: int,
     settings: Settings,
     cohort: cohorts.Cohort,
-    teacher: TappedNetwork | None,
+    teachers: Sequence[Teacher],
     teacher_update: TeacherUpdate,
 ) -> str:
     paths: list[Path] = []
@@ -348,7 +375,7 @@ def _inputs(
             [len(part) for part in (site.training, site.unlabelled, site.validation)] for site in cohort.clients
         ],
         "files": files_hash(paths),
-        "teacher": state_hash(teacher.state_dict()) if teacher is not None else "",
+        "teachers": [state_hash(teacher.network.state_dict()) for teacher in teachers],
         "teacher_update": dataclasses.asdict(teacher_update),
         "code": code_hash(_CODE),
     }

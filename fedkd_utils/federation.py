@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from fedkd_utils.clients import (
     Update,
     check_site,
     client_update,
+    kept_part,
     local_names,
-    own_tensors,
     signals_for,
     steps_per_round,
 )
@@ -172,18 +173,28 @@ class Plan:
     workers: int | None
     advance: Progress
 
-    def owner(self, site: SiteData) -> str:
+    @functools.cached_property
+    def axes(self) -> dict[str, int]:
+        """The tensors of the student's last layer, with the axis of the classes."""
+        return class_axes(build_student(self.settings, 0))
+
+    def owner(self, run: Run, site: SiteData) -> str:
         """The key of the student with which a client starts a round: "" when all start with the same."""
-        return "" if self.method.federated and not self.method.groups else site.name
+        return site.name if site.name in run.students else ""
+
+    @property
+    def shares_model(self) -> bool:
+        """Whether one model is chosen for all clients."""
+        return self.method.federated and not (self.method.local_normalisation or self.method.ends_alone)
 
     def model_key(self, site: SiteData) -> str:
         """The key of the model that is chosen for a client: "" when all have the same."""
-        return "" if self.method.federated and not self.method.local_normalisation else site.name
+        return "" if self.shares_model else site.name
 
     def model(self, run: Run, site: SiteData) -> State:
         """The model of a client after a round: the average, with its own layers where it keeps some."""
-        shared = run.students["" if self.method.federated else site.name]
-        return {**shared, **own_tensors(run.kept.get(site.name, {}))}
+        shared = run.students["" if self.method.groups else self.owner(run, site)]
+        return {**shared, **kept_part(run.kept.get(site.name, {}), "own")}
 
 
 def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dict[str, TeacherSignals]:
@@ -197,6 +208,7 @@ def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dic
             run.teacher = blend(run.teacher, run.students[""], plan.teacher_update.rate)
         teacher = build_network(settings, 0).eval().requires_grad_(False)
         load_state(teacher, run.teacher, "The teacher")
+        teacher.to(plan.sites[0].labelled_images.device)
         if plan.teacher_update.kind != "release" and (moves or not signals):
             signals, seconds = _look(plan, teacher)
             if moves or not run.finished:  # else it was looked at before a kill, and counted then
@@ -204,7 +216,7 @@ def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dic
 
     def train(site: SiteData, report: Progress) -> Update:
         return client_update(
-            run.students[plan.owner(site)],
+            run.students[plan.owner(run, site)],
             site,
             plan.method,
             settings,
@@ -274,8 +286,22 @@ def _check_messages(
     private = settings.clip_norm is not None
     if settings.compression is not None:
         codec_named(settings.compression)
-    if not method.federated and (private or settings.compression is not None):
-        raise FederationError(f"{method.title!r} sends no update: leave compression and clip_norm at None.")
+    if not method.averages(settings.rounds, settings) and (private or settings.compression is not None):
+        raise FederationError(
+            f"{method.title!r} sends no update, or not in every round: leave compression and clip_norm at None."
+        )
+    if private or settings.compression is not None:
+        network = build_student(settings, 0)
+        if any(name.endswith("running_var") for name in set(network.state_dict()) - local_names(method, network)):
+            raise FederationError(
+                "Batch statistics must not be clipped, blurred or rounded: a variance may turn negative. Leave "
+                'compression and clip_norm at None, or set normalisation to "instance" or "group".'
+            )
+    if (settings.clip_norm is not None and not settings.clip_norm > 0) or (settings.noise_multiplier or 0.0) < 0:
+        raise FederationError(
+            "clip_norm must be above 0 and noise_multiplier at least 0, not "
+            f"{settings.clip_norm}, {settings.noise_multiplier}."
+        )
     if settings.noise_multiplier is not None and not private:
         raise FederationError("noise_multiplier needs clip_norm: what is not clipped may change by any amount.")
     if private and (method.groups or teacher_update.kind == "release"):
@@ -311,31 +337,28 @@ def begin(
 def collect(plan: Plan, run: Run, updates: Sequence[Update], number: int) -> None:
     """Steps 3 to 5 of figure 1: collect, average, send back."""
     run.kept = {update.client: update.kept for update in updates if update.kept}
-    if not plan.method.federated:
+    if not plan.method.averages(number, plan.settings):
         for update in updates:
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
         return
     settings = plan.settings
-    axes = class_axes(build_student(settings, 0))
     if settings.clip_norm is None:
-        run.students[""] = server_step(run.students[""], updates, axes)
+        run.students[""] = server_step(run.students[""], updates, plan.axes)
     else:
         noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
         run.students[""] = private_step(run.students[""], updates, settings.clip_norm, noise, drawn)
     if plan.method.groups:
-        run.students |= group_step(updates, plan.seed, number, axes)
+        run.students |= group_step(updates, plan.seed, number, plan.axes)
     teachers = [update.teacher_state for update in updates if update.teacher_state is not None]
     if teachers:
         run.teacher = weighted_mean(teachers, [update.n_examples for update in updates])
     for update in updates:
-        run.ledger.record(
-            number, "up", update.client, "student", update.state if update.packet is None else update.packet
-        )
+        run.ledger.record(number, "up", update.client, "student", update.sent)
         if update.teacher_state is not None:
             run.ledger.record(number, "up", update.client, "teacher", update.teacher_state)
     for site in plan.sites:
-        run.ledger.record(number, "down", site.name, "student", run.students[plan.owner(site)])
+        run.ledger.record(number, "down", site.name, "student", run.students[plan.owner(run, site)])
         if teachers and run.teacher is not None:
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
 
@@ -361,8 +384,9 @@ def choose(plan: Plan, run: Run, scores: Mapping[str, float], number: int) -> No
     """
     known = [score for score in scores.values() if not np.isnan(score)]
     together = float(np.mean(known)) if known else float("nan")
+    averaged = plan.method.federated and not plan.method.ends_alone
     for site in plan.sites:
-        key, score = plan.model_key(site), together if plan.method.federated else scores[site.name]
+        key, score = plan.model_key(site), together if averaged else scores[site.name]
         if key not in run.best or is_better(score, run.scores[key]):
             run.best[key], run.scores[key], run.best_round[key] = plan.model(run, site), score, number
 

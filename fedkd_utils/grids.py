@@ -181,12 +181,25 @@ def _live(profile: Settings) -> list[Point]:
     return _points(["fedavg"], (NEAR,), [(("rounds", 2),)])
 
 
+def _project(profile: Settings) -> list[Point]:
+    """What the final project is scored against, near: rows as they are, and rows with less to send."""
+    fewer: Changes = (("rounds", profile.rounds // 3), ("local_epochs", 3 * profile.local_epochs))
+    whole = ["local_only", "fedavg", "dual_kd", "finetune", "finetune_local", "small_fedavg", "small_kd", "pooled"]
+    return (
+        _points(whole)
+        + _points(["small_fedavg"], (NEAR,), [fewer])
+        + _points(["small_fedavg", "fedavg"], (NEAR,), [(("compression", "int8"),)])
+    )
+
+
 _BEYOND = (
     "teacher_recontrasted",
     "finetune_recontrasted",
     "combined_kd_recontrasted",
     "teacher_random",
     "finetune_random",
+    "finetune_random_local",
+    "chosen_finetune",
     "dual_kd_random",
     "strong_kd",
     "strong_kd_random",
@@ -216,10 +229,11 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "compression": _compression,
     "privacy": _privacy,
     "live": _live,
+    "project": _project,
 }
 
-#: In no table: what notebook 07 runs again.
-_APART = ("live",)
+#: In no table of the comparison: what notebook 07 runs again, and what the final project is scored against.
+_APART = ("live", "project")
 
 
 def grid(name: str, profile: Settings, seeds: Sequence[int] = SEEDS) -> list[Point]:

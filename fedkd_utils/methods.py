@@ -20,7 +20,7 @@ from fedkd_utils.objectives import (
     supervised,
     weak_to_strong,
 )
-from fedkd_utils.settings import Settings
+from fedkd_utils.settings import Settings, entry_named
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Method:
     pseudo_labels: bool = False  # needs unlabelled volumes, no teacher
     starts_at_teacher: bool = False  # the student begins with the pretrained teacher's weights
     weighs_trust: bool = False  # distils as much as the teacher agrees with the client's labels
+    chooses_teacher: bool = False  # gets both teachers; the one that agrees more with the few labels is used
+    ends_alone: bool = False  # after half of the rounds nothing is averaged any more
     local_normalisation: bool = False  # normalisation layers never leave a client
     groups: bool = False  # averaged within random groups of clients, anew in each round
     pooled: bool = False  # one site holds everything, hidden labels too
@@ -56,6 +58,16 @@ class Method:
     def adapt(self, settings: Settings) -> Settings:
         """The settings of this row."""
         return replace(settings, **self.changes)
+
+    def for_run(self, settings: Settings) -> Settings:
+        """The settings of a whole run: those of the row, and for one pooled site the steps of all clients in turn."""
+        settings = self.adapt(settings)
+        turns = settings.clients if self.pooled else 1
+        return replace(settings, steps_per_epoch=settings.steps_per_epoch * turns)
+
+    def averages(self, round_number: int, settings: Settings) -> bool:
+        """Whether students are averaged at the end of a round, the first being 1."""
+        return self.federated and not (self.ends_alone and round_number > settings.rounds // 2)
 
     def identity(self) -> str:
         """A hash of all that changes a number: a title may be reworded, and a new field at its default changes none."""
@@ -84,6 +96,9 @@ _RECONTRAST = {"teacher_contrast": "recontrasted"}
 #: The rows that the notebooks build up, and that ``make run`` compares.
 COURSE_ROWS = ("teacher_only", "local_only", "fedavg", "dual_kd")
 
+#: The semi-supervised rows that the paper's method is compared with: no pretrained teacher is distilled.
+RIVALS = ("local_uamt", "mean_teacher", "uamt", "ssfl_released", "ssfl_published", "fedsemi")
+
 #: The rows of the comparison, by name, in the order of every table.
 ROWS: dict[str, Method] = {
     method.name: method
@@ -109,6 +124,15 @@ ROWS: dict[str, Method] = {
             mean_teacher=True,
             starts_at_teacher=True,
             changes={"feature_weight": 0.0},
+        ),
+        Method(
+            "finetune_local",
+            "Fine-tuned teacher, each alone",
+            supervised,
+            "ours: what a hospital can do without a federation",
+            _TEACHER,
+            federated=False,
+            starts_at_teacher=True,
         ),
         Method("fedavg", "FedAvg, labelled only", supervised, _FEDAVG),
         Method("fedprox", "FedProx", proximal, "Li et al., MLSys 2020, arXiv 1812.06127"),
@@ -203,6 +227,26 @@ ROWS: dict[str, Method] = {
             _RANDOM,
             starts_at_teacher=True,
             changes=_CONTRAST,
+        ),
+        Method(
+            "finetune_random_local",
+            "Fine-tuned any-contrast teacher, each alone",
+            supervised,
+            "ours",
+            _RANDOM,
+            federated=False,
+            starts_at_teacher=True,
+            changes=_CONTRAST,
+        ),
+        Method(
+            "chosen_finetune",
+            "Chosen teacher, fine-tuned together, then alone",
+            supervised,
+            "ours: the few labels choose between the two teachers, and after half of the rounds each goes on alone",
+            _RANDOM,
+            starts_at_teacher=True,
+            chooses_teacher=True,
+            ends_alone=True,
         ),
         Method(
             "dual_kd_random",
@@ -327,6 +371,4 @@ def row_named(name: str) -> Method:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in ROWS:
-        raise ValueError(f"There is no row {name!r}: choose one of {', '.join(ROWS)}.")
-    return ROWS[name]
+    return entry_named(ROWS, name, "row")

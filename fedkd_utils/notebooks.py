@@ -8,8 +8,8 @@ import nbformat
 from nbformat import NotebookNode
 
 from fedkd_utils.files import write_atomically
+from fedkd_utils.settings import PROJECT
 
-PROJECT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = PROJECT / "notebooks"
 #: Where the HTML copy goes.
 COURSE = PROJECT / "build" / "course"

@@ -82,8 +82,10 @@ def dual_distillation(network: TappedNetwork, batch: Batch, progress: float, set
     if settings.response_loss not in _RESPONSES:
         raise ValueError(f"response_loss must be one of {', '.join(_RESPONSES)}, not {settings.response_loss!r}.")
     logits, features = network.forward_with_features(batch.unlabelled)
-    mask = losses.uncertainty_mask(batch.teacher_entropy, progress, settings.mask_classes)
-    q = batch.teacher_probabilities
+    ceiling, q = settings.mask_classes, batch.teacher_probabilities
+    if batch.teacher_classes is not None:  # its entropy cannot exceed ln of what it tells apart
+        ceiling = min(ceiling, len(batch.teacher_classes) + 1)
+    mask = losses.uncertainty_mask(batch.teacher_entropy, progress, ceiling)
     if batch.teacher_classes is not None:
         logits, q = (
             losses.fold_logits(logits, batch.teacher_classes),

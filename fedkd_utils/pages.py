@@ -241,21 +241,23 @@ def _whole(title: str, main: str, side: str) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- the search
 def sections(page: Page) -> Iterator[dict[str, str]]:
-    """The parts of a page between headings, as the search knows them: file and anchor, titles, text."""
-    part = {"file": page.file, "page": page.title, "anchor": "", "title": page.title, "text": ""}
-    words: list[str] = []
+    """The parts of a page, as the search knows them: file and anchor, titles, text.
+
+    A part begins at a heading; what stands before the first heading is one, too, if there is anything.
+    """
+    parts = [{"file": page.file, "page": page.title, "anchor": "", "title": page.title, "text": ""}]
     for element in page.body.descendants:
         if isinstance(element, Tag):
             if element.name in _HEADINGS:
-                if words:
-                    yield {**part, "text": " ".join(" ".join(words).split())}
-                words = []
-                part = {**part, "anchor": str(element["id"]), "title": element.get_text()}
+                parts.append({**parts[0], "anchor": str(element["id"]), "title": element.get_text(), "text": ""})
             elif element.name == "img":
-                words.append(str(element.get("alt", "")))
+                parts[-1]["text"] += f" {element.get('alt', '')}"
         elif not element.find_parent(_HEADINGS):
-            words.append(str(element))
-    yield {**part, "text": " ".join(" ".join(words).split())}
+            parts[-1]["text"] += f" {element}"
+    for part in parts:
+        part["text"] = " ".join(part["text"].split())
+        if part["anchor"] or part["text"]:
+            yield part
 
 
 # ------------------------------------------------------------------------------------------------------------ the check

@@ -1,4 +1,4 @@
-"""Execute the notebooks in one clean run, stamp them, and hand them on to be written as pages."""
+"""Execute the notebooks, each in one clean run, stamp them, and hand them on to be written as pages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ from fedkd_utils.rules import code_cells, fingerprint, problems
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
 
-#: What is executed beside a notebook that trains on one core only: they need no more than its cohort.
-BESIDE = {"02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb")}
+#: What is executed beside a notebook that trains on one core only: they need no more than its cohort and its teacher.
+BESIDE = {
+    "02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb"),
+    "03_few_labels.ipynb": ("07_baselines_and_ablations.ipynb", "09_claims_and_cards.ipynb", "12_final_project.ipynb"),
+}
 
 
 def execute_notebook(
@@ -152,6 +156,7 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
     copies = {path.name: out / "notebooks" / path.name for path in paths}
     progress = _Progress(len(paths))
     begun: dict[str, Future[NotebookNode]] = {}
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             for path in paths:
@@ -161,7 +166,10 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
 
                 def work(path: Path = path) -> NotebookNode:
                     if path.name in begun:
-                        done = begun[path.name].result()
+                        try:
+                            done = begun[path.name].result()
+                        except BrokenProcessPool as error:
+                            raise RuntimeError(f"{path.name}: its process died; is there enough memory?") from error
                         progress(len(code_cells(done)), len(code_cells(done)))
                         return done
                     return execute_notebook(path, copies[path.name], progress, folder=folder)
@@ -169,8 +177,8 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
                 progress.run(path.stem, work)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()  # a notebook beside the one that failed, with its kernel
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()  # the notebook beside the one that failed; its kernel follows
             raise
     return pages.build(list(copies.values()), out, folder, "Every notebook was executed on this machine just before.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,9 @@ import SimpleITK as sitk
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 
-from fedkd_utils import cohorts, transforms
+from fedkd_utils import cohorts
 from fedkd_utils.settings import CARTILAGES
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.transforms import VolumeError, checked_voxels, middle_mm, one_line, read_volume, refuse_other_grid
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised as an error
 
@@ -90,28 +90,7 @@ def _hdf5(path: Path, key: str) -> NDArray[Any]:
                 raise VolumeError(f"{path}: has no {key!r}, only {sorted(file)}. Fetch the file again.")
             return np.asarray(file[key])
     except OSError as error:
-        raise VolumeError(f"{path}: damaged or not HDF5 ({_one_line(error)}). Fetch it again.") from error
-
-
-def _checked(image: NDArray[Any], path: Path) -> NDArray[np.float32]:
-    """An image as float32.
-
-    Raises:
-        VolumeError: not three-dimensional, complex, or NaN or infinite voxels.
-    """
-    if image.ndim != 3 or min(image.shape) < 2 or np.iscomplexobj(image) or image.dtype.kind not in "iufb":
-        raise VolumeError(
-            f"{path}: {image.dtype} voxels of shape {image.shape} are not one 3D volume. Export it again."
-        )
-    with np.errstate(over="ignore"):
-        voxels = image.astype(np.float32)
-    if not np.isfinite(voxels).all():
-        raise VolumeError(f"{path}: some voxels are NaN or infinite. Mask them or export it again.")
-    return voxels
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        raise VolumeError(f"{path}: damaged or not HDF5 ({one_line(error)}). Fetch it again.") from error
 
 
 def _simple_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
@@ -122,7 +101,7 @@ def _simple_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise VolumeError(
-            f"{path}: damaged, or its .raw file is missing ({_one_line(error)}). Fetch it again."
+            f"{path}: damaged, or its .raw file is missing ({one_line(error)}). Fetch it again."
         ) from error
     return _array(image, path)
 
@@ -136,11 +115,8 @@ def _array(image: sitk.Image, path: Path) -> tuple[NDArray[Any], NDArray[np.floa
     return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts left and posterior
 
 
-def read_dicom(folder: str | Path, series: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """A DICOM series folder as one volume, slices in the order of their positions whatever their files are called.
-
-    Args:
-        series: its SeriesInstanceUID, needed when the folder holds several.
 
     Returns:
         voxels (X, Y, Z) float32 and affine (4, 4) to RAS mm.
@@ -152,29 +128,25 @@ def read_dicom(folder: str | Path, series: str | None = None) -> tuple[NDArray[n
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder with the series' DICOM files.")
-    found = dict.fromkeys(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
-    if not found:
-        raise VolumeError(f"{folder}: no DICOM image series in it. Give the folder with the files of one series.")
-    if series is None and len(found) > 1:
-        listed = ", ".join(f"{uid} ({len(_series_files(folder, uid))} files)" for uid in list(found)[:6])
-        raise VolumeError(f"{folder}: holds {len(found)} series: {listed}. Name one of them, or give it a folder.")
-    chosen = series or next(iter(found))
-    files = _series_files(folder, chosen)
+    files = {
+        series: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
+        for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
+    }
     if not files:
-        raise VolumeError(f"{folder}: has no series {chosen}. It has {', '.join(list(found)[:6])}.")
+        raise VolumeError(f"{folder}: no DICOM image series in it. Give the folder with the files of one series.")
     if len(files) > 1:
-        _check_slices(folder, files)
+        listed = ", ".join(f"{series} ({len(names)} files)" for series, names in list(files.items())[:6])
+        raise VolumeError(f"{folder}: holds {len(files)} series: {listed}. Give each a folder of its own.")
+    (names,) = files.values()
+    if len(names) > 1:
+        _check_slices(folder, names)
     try:
         reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(files)
+        reader.SetFileNames(names)
         voxels, affine = _array(reader.Execute(), folder)
     except RuntimeError as error:
-        raise VolumeError(f"{folder}: the series cannot be read ({_one_line(error)}). Export it again.") from error
-    return _checked(voxels, folder), affine
-
-
-def _series_files(folder: Path, series: str) -> tuple[str, ...]:
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series))
+        raise VolumeError(f"{folder}: the series cannot be read ({one_line(error)}). Export it again.") from error
+    return checked_voxels(voxels, folder), affine
 
 
 def _check_slices(folder: Path, files: Sequence[str]) -> None:
@@ -186,17 +158,13 @@ def _check_slices(folder: Path, files: Sequence[str]) -> None:
             rows = np.array(header.ImageOrientationPatient, float)
             places.append(float(np.cross(rows[:3], rows[3:]) @ np.array(header.ImagePositionPatient, float)))
         except Exception as error:  # pydicom raises many kinds for damaged files
-            raise VolumeError(f"{name}: its position cannot be read ({_one_line(error)}). Export it again.") from error
+            raise VolumeError(f"{name}: its position cannot be read ({one_line(error)}). Export it again.") from error
     steps = np.diff(np.sort(places))
     usual = float(np.median(steps))
     if usual <= 1e-3 or steps.min() < 0.5 * usual:
         raise VolumeError(f"{folder}: two slices lie at one place; several echoes or times in one series? Split it.")
     if steps.max() > 1.2 * usual:
         raise VolumeError(f"{folder}: slices lie {usual:.2f} mm apart, but once {steps.max():.2f} mm: one is missing.")
-
-
-def _nifti(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    return transforms.read_volume(path)
 
 
 def _affine(order: str, spacing: Sequence[float], shape: Sequence[int]) -> NDArray[np.float64]:
@@ -211,23 +179,17 @@ def _affine(order: str, spacing: Sequence[float], shape: Sequence[int]) -> NDArr
     return affine
 
 
-def _same_place(a: NDArray[np.float64], b: NDArray[np.float64], shape: Sequence[int]) -> bool:
-    """Whether two affines put the corners of a volume at the same places, to a tenth of a millimetre."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1).T
-    return bool(np.abs(nib.affines.apply_affine(a, corners) - nib.affines.apply_affine(b, corners)).max() < 0.1)
-
-
 # --- the sets ------------------------------------------------------------
 
 
 def _pair(image: Path | None, label: Path | None, mapping: Mapping[int, int]) -> Loaded:
     """A NIfTI image and its label, or one of them."""
-    voxels, affine = _nifti(image) if image is not None else (None, np.eye(4))
+    voxels, affine = read_volume(image) if image is not None else (None, np.eye(4))
     classes = None
     if label is not None:
-        raw, place = _nifti(label)
-        if voxels is not None and (raw.shape != voxels.shape or not _same_place(place, affine, raw.shape)):
-            raise VolumeError(f"{label}: another grid than its image {image}. Pair the right files, or resample it.")
+        raw, place = read_volume(label)
+        if voxels is not None and image is not None:
+            refuse_other_grid((raw.shape, place), (voxels.shape, affine), label, image)
         classes, affine = _relabel(raw, mapping, label), place if voxels is None else affine
     return voxels, classes, affine
 
@@ -236,12 +198,12 @@ def _site(folder: Path, mapping: Mapping[int, int], classes: tuple[int, ...] | N
     """A folder in the layout of the Decathlon or nnU-Net."""
     site = cohorts.open_site(folder)
     out = []
-    for split in ("training", "unlabelled", "validation", "test"):
+    for split in (*cohorts.SPLITS, "left_out"):
         for item in getattr(site, split):
             own = () if item.label is None else classes or item.labelled_classes
             load = partial(_pair, item.image, item.label, mapping)
-            kept = "training" if split == "unlabelled" else split
-            out.append(Reading(item.name, str(item.subject), kept, own, item.image, load))
+            part = {"unlabelled": "training", "left_out": "test"}.get(split, split)
+            out.append(Reading(item.name, str(item.subject), part, own, item.image, load))
     return out
 
 
@@ -271,11 +233,12 @@ def iwoai(folder: Path) -> list[Reading]:
     mapping = {0: 1, 1: 2, 2: 2, 3: 3}
 
     def load(image: Path, label: Path | None) -> Loaded:
-        voxels = _checked(_hdf5(image, "data"), image)
+        voxels = checked_voxels(_hdf5(image, "data"), image)
         classes = None if label is None else _one_hot(_hdf5(label, "data"), mapping, label)
-        if classes is not None and label is not None and classes.shape != voxels.shape:
-            raise VolumeError(f"{label}: shape {classes.shape}, but its image has {voxels.shape}. Fetch both again.")
-        return voxels, classes, _affine("IPR", IWOAI_SPACING_MM, voxels.shape)
+        affine = _affine("IPR", IWOAI_SPACING_MM, voxels.shape)
+        if classes is not None and label is not None:  # neither stores a pose: only the shape can differ
+            refuse_other_grid((classes.shape, affine), (voxels.shape, affine), label, image)
+        return voxels, classes, affine
 
     out = []
     for part, split in (("train", "training"), ("valid", "validation"), ("test", "test")):
@@ -310,11 +273,11 @@ def skm_tea(folder: Path) -> list[Reading]:
                 facts[name] = (split, str(entry.get("subject_id", name)), flipped)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise VolumeError(
-                f"{file}: not an annotation file of SKM-TEA ({_one_line(error)}). Fetch it again."
+                f"{file}: not an annotation file of SKM-TEA ({one_line(error)}). Fetch it again."
             ) from error
 
     def load(path: Path, mask: Path | None, flipped: bool) -> Loaded:
-        echoes = [_checked(_hdf5(path, key), path) for key in ("echo1", "echo2")]
+        echoes = [checked_voxels(_hdf5(path, key), path) for key in ("echo1", "echo2")]
         if echoes[0].shape != echoes[1].shape:
             raise VolumeError(f"{path}: the two echoes differ in shape. Fetch it again.")
         voxels = np.hypot(*echoes).astype(np.float32)
@@ -322,10 +285,10 @@ def skm_tea(folder: Path) -> list[Reading]:
         if mask == path:
             classes = _one_hot(_hdf5(path, "seg"), mapping, path)
         elif mask is not None:
-            classes = _relabel(_nifti(mask)[0], {0: 0, **{k + 1: c for k, c in mapping.items()}, 5: 0, 6: 0}, mask)
-        if classes is not None and classes.shape != voxels.shape:
-            raise VolumeError(f"{mask}: shape {classes.shape}, but its image has {voxels.shape}. Fetch both again.")
+            classes = _relabel(read_volume(mask)[0], {0: 0, **{k + 1: c for k, c in mapping.items()}, 5: 0, 6: 0}, mask)
         affine = _affine("IPR", SKM_TEA_SPACING_MM, voxels.shape)
+        if classes is not None and mask is not None:  # the image stores no pose: only the shape can differ
+            refuse_other_grid((classes.shape, affine), (voxels.shape, affine), mask, path)
         if flipped:
             voxels = voxels[..., ::-1]
             classes = None if classes is None else classes[..., ::-1]
@@ -366,7 +329,7 @@ def oai_zib(folder: Path) -> list[Reading]:
         raw = rows.transpose(2, 1, 0)
         if raw.shape != voxels.shape:
             raise VolumeError(f"{mask}: rows and columns do not fit the series {series}. Pair the right ones.")
-        if _height(raw == 1, affine) < _height(raw == 3, affine):
+        if middle_mm(raw == 1, affine)[2] < middle_mm(raw == 3, affine)[2]:
             raise VolumeError(f"{mask}: on the series {series} the femur lies below the tibia. Pair the right ones.")
         return voxels, _relabel(raw, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2}, mask), affine
 
@@ -378,12 +341,6 @@ def oai_zib(folder: Path) -> list[Reading]:
     return out
 
 
-def _height(mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> float:
-    """The mean height (z of RAS, mm) of a mask; 0 of an empty one."""
-    found = np.argwhere(mask)
-    return float(nib.affines.apply_affine(affine, found.mean(axis=0))[2]) if len(found) else 0.0
-
-
 def ski10(folder: Path) -> list[Reading]:
     """SKI10: ``image-NNN.mhd`` with ``labels-NNN.mhd``; 1 femur, 2 FC, 3 tibia, 4 TC; no patella."""
 
@@ -392,10 +349,9 @@ def ski10(folder: Path) -> list[Reading]:
         classes = None
         if label is not None:
             drawn, place = _simple_itk(label)
-            if drawn.shape != raw.shape or not _same_place(place, affine, raw.shape):
-                raise VolumeError(f"{label}: another grid than its image {image}. Pair the right files.")
+            refuse_other_grid((drawn.shape, place), (raw.shape, affine), label, image)
             classes = _relabel(drawn, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2}, label)
-        return _checked(raw, image), classes, affine
+        return checked_voxels(raw, image), classes, affine
 
     out = []
     for image in sorted(folder.glob("image-*.mhd")):
@@ -419,11 +375,11 @@ def open_knees(folder: Path) -> list[Reading]:
     """
 
     def load(image: Path, masks: Mapping[int, Sequence[Path]]) -> Loaded:
-        voxels, affine = _nifti(image)
+        voxels, affine = read_volume(image)
         classes = np.zeros(voxels.shape, np.uint8)
         for c, paths in masks.items():
             for path in paths:
-                raw, place = _nifti(path)
+                raw, place = read_volume(path)
                 if not np.isin(raw, (0, raw.max())).all():
                     raise VolumeError(f"{path}: not a mask of two values. Fetch it again.")
                 shares = nib.Nifti1Image((raw > 0).astype(np.float32), place)
@@ -470,7 +426,7 @@ def dicom_folder(folder: Path) -> list[Reading]:
     return [
         Reading(
             "_".join(p.relative_to(folder).parts) or p.resolve().name,
-            f"dicom/{p.resolve()}",
+            f"dicom/{folder.resolve().name}/{p.relative_to(folder).as_posix()}",
             "",
             (),
             p,
@@ -492,7 +448,7 @@ def _holds_dicom(folder: Path) -> bool:
 
 #: By name: the reader, and what tells its layout from the others (the first that fits).
 READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]]] = {
-    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob("imagesT[rs]/oaizib_*.nii.gz"))),
+    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob("imagesT[rs]/oaizib_[0-9][0-9][0-9]_0000.nii.gz"))),
     "nifti": (nifti_site, lambda f: (f / "imagesTr").is_dir() or (f / "imagesTs").is_dir()),
     "iwoai": (iwoai, lambda f: any(f.glob("*/*_V0?.im"))),
     "skm_tea": (skm_tea, lambda f: any(f.glob("image_files/MTR_*.h5")) or any(f.glob("v1-release/image_files/*.h5"))),
@@ -504,6 +460,10 @@ READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]
 }
 
 
+#: Layouts of label maps without images.
+WITHOUT_IMAGES = ("oai_queensland",)
+
+
 def layout(folder: str | Path) -> str | None:
     """The name of the reader whose layout a folder has; None when it has none."""
     folder = Path(folder)
@@ -512,29 +472,21 @@ def layout(folder: str | Path) -> str | None:
     return next((name for name, (_, fits) in READERS.items() if fits(folder)), None)
 
 
-def read_set(folder: str | Path, reader: str | None = None) -> list[Reading]:
+def read_set(folder: str | Path) -> list[Reading]:
     """The volumes of a set in any layout of :data:`READERS`; nothing is loaded yet.
 
     Raises:
-        VolumeError: a folder in no known layout, an unknown reader, or no volume in it.
+        VolumeError: a folder in no known layout, or no volume in it.
         CohortError: see :func:`cohorts.open_site`.
     """
     folder = Path(folder)
-    name = reader or layout(folder)
-    if name not in READERS:
-        what = "in no layout that is known here" if name is None else f"there is no reader {name!r}"
+    name = layout(folder)
+    if name is None:
         raise VolumeError(
-            f"{folder}: {what}. Put images in imagesTr and labels in labelsTr, or see {', '.join(READERS)}."
+            f"{folder}: in no layout that is known here. Put images in imagesTr and labels in labelsTr, or see "
+            f"{', '.join(READERS)}."
         )
     found = READERS[name][0](folder)
     if not found:
         raise VolumeError(f"{folder}: no volume of {name} in it. Check the folder against the set's layout.")
     return found
-
-
-def subjects(readings: Iterable[Reading]) -> dict[str, list[Reading]]:
-    """The readings by person."""
-    out: dict[str, list[Reading]] = {}
-    for reading in readings:
-        out.setdefault(reading.subject, []).append(reading)
-    return out

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,9 +84,7 @@ def made_with(point: Point, profile: Settings) -> dict[str, Any]:
 
 def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
     """The settings that a record of this point must name."""
-    settings = ROWS[point.row].adapt(point.settings(profile))
-    if ROWS[point.row].pooled:
-        settings = dataclasses.replace(settings, steps_per_epoch=settings.steps_per_epoch * settings.clients)
+    settings = ROWS[point.row].for_run(point.settings(profile))
     facts: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
     return facts
 
@@ -194,13 +192,16 @@ def with_seconds(records: Iterable[Record], path: Path) -> list[Record]:
     """The same records with the seconds of :func:`runner.measure_seconds` in the place of those of their runs.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or no seconds for a row in it.
+        FileNotFoundError, ValueError: no such file, no seconds for a row in it, or a record of other settings than
+            those that were measured.
     """
     rows = json.loads(path.read_bytes())["rows"]
     return [_with_seconds(record, rows, path) for record in records]
 
 
 def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record:
+    if record.label:
+        raise ValueError(f"{record.row} {record.label}: only rows as they are were timed, not with other settings.")
     if ROWS[record.row].objective is None:
         return record
     if record.row not in rows:
@@ -211,6 +212,13 @@ def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record
         for line in record.result.history
     ]
     return dataclasses.replace(record, result=dataclasses.replace(record.result, history=history))
+
+
+def shared_seeds(runs: Mapping[str, Sequence[Record]]) -> dict[str, list[Record]]:
+    """The same rows, of each the records of those seeds that all of them have, in order."""
+    seeds = set.intersection(*({record.seed for record in found} for found in runs.values())) if runs else set()
+    chosen = {name: sorted((r for r in found if r.seed in seeds), key=lambda r: r.seed) for name, found in runs.items()}
+    return chosen if seeds else {}
 
 
 def by_row(records: Mapping[Point, Record], setting: str | None = None) -> dict[str, list[Record]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 from collections.abc import Iterator
@@ -21,9 +22,12 @@ NAMES = (
     "04_federated_averaging",
     "05_distillation",
     "06_dual_distillation",
+    "07_baselines_and_ablations",
     "08_communication_and_privacy",
+    "09_claims_and_cards",
     "10_your_own_data",
     "11_real_hospitals",
+    "12_final_project",
 )
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -50,6 +54,8 @@ _CLOCK = re.compile(r"\bperf_counter\b|\bmonotonic\b|\btime\.time\(|\bdatetime\.
 #: Text that names an object instead of saying something; an address in it changes every run.
 _BARE = re.compile(r"<matplotlib\.|<Axes|<Figure size|^\[?(?:Text|Line2D)\(|\b0x[0-9a-f]{6,}\b", re.M)
 _STYLED = re.compile(r"<style.*#T_", re.S)  # pandas' Styler, whose ids change every run
+#: `python -m fedkd_utils` in a shell line, or in the list of a subprocess.
+_COMMAND_LINE = re.compile(r"-m\W+fedkd_utils\b")
 _FIGURE = re.compile(r"^<Figure size .*>$")
 
 
@@ -62,12 +68,51 @@ def _tags(cell: NotebookNode) -> list[str]:
     return list(cell.metadata.get("tags", []))
 
 
+def _tree(source: str) -> ast.AST:
+    """Python source, without the magic lines of a notebook."""
+    return ast.parse("\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines()))
+
+
+@functools.cache
+def _imported(source: str) -> frozenset[str]:
+    """The modules of the package, without its name, that code imports at its top or inside a function."""
+    names = set[str]()
+    for node in ast.walk(_tree(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name.removeprefix("fedkd_utils.") for name in names if name.startswith("fedkd_utils."))
+
+
+def files_behind(nb: NotebookNode, package: Path = PACKAGE) -> list[Path]:
+    """The files of the package that can change an output of the notebook.
+
+    These are the modules that its code imports or calls from the command line, those that these import, and so on, and
+    the scripts and styles that one of them names.
+    """
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
+    found, todo = set[str](), {"__init__"}
+    for cell in code_cells(nb):
+        todo |= {"__main__"} if _COMMAND_LINE.search(cell.source) else set()
+        try:
+            todo |= _imported(cell.source)
+        except SyntaxError:
+            pass  # problems() says so
+    while todo := (todo - found) & sources.keys():
+        found |= todo
+        todo = set().union(*(_imported(sources[module]) for module in todo))
+    pages = (path for path in package.iterdir() if path.suffix in (".js", ".css"))
+    named = [path for path in pages if any(f'"{path.name}"' in sources[module] for module in found)]
+    return sorted([*(package / f"{module}.py" for module in found), *named])
+
+
 def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
-    """SHA-256 of the code cells and of the package: another value means that the stored outputs are stale."""
+    """SHA-256 of the code cells and the files behind them: another value means that the stored outputs are stale."""
     digest = hashlib.sha256()
     for cell in code_cells(nb):
         digest.update(cell.source.encode() + b"\0")
-    for path in sorted(p for p in package.iterdir() if p.suffix in (".py", ".js", ".css")):
+    for path in files_behind(nb, package):
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()
 
@@ -80,7 +125,7 @@ def alt_text(output: NotebookNode) -> str:
     return str(words).strip()
 
 
-def _texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
+def texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
     """The (kind, text) parts of an output that a reader sees as text."""
     if output.output_type == "stream":
         yield "stream", output.text
@@ -91,11 +136,6 @@ def _texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
             if kind.startswith("text/") or kind == "image/svg+xml":
                 yield kind, "".join(data)
         yield "alt text", alt_text(output) if "image/png" in output.data else ""
-
-
-def _imports(source: str) -> bool:
-    plain = "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
-    return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(ast.parse(plain)))
 
 
 def problems(nb: NotebookNode) -> list[str]:
@@ -141,7 +181,10 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
         if position == 0 or nb.cells[position - 1].cell_type != "markdown":
             yield f"{where}: no markdown cell before it"
         try:
-            if _imports(cell.source) and not first:
+            if (
+                any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(_tree(cell.source)))
+                and not first
+            ):
                 yield f"{where}: imports outside the first code cell"
         except SyntaxError as error:
             yield f"{where}: not Python: {error.msg}"
@@ -178,7 +221,7 @@ def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
                 yield f"{where}: a widget without a picture or a sentence beside it"
             if "image/svg+xml" in data or _STYLED.search("".join(data.get("text/html", ""))):
                 yield f"{where}: SVG or a styled table, which nbval cannot compare"
-            for kind, text in _texts(output):
+            for kind, text in texts(output):
                 if match := _ABSOLUTE.search(text):
                     yield f"{where}: absolute path {match[0]} in the output"
                 speaks = kind == "stream" or (kind == "text/plain" and "image/png" not in data)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from fedkd_utils import cohorts, experiments, grids, records, shares, statistics
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.files import write_atomically
 from fedkd_utils.grids import Point
-from fedkd_utils.methods import ROWS
+from fedkd_utils.methods import RIVALS, ROWS
 from fedkd_utils.networks import CheckpointError
 from fedkd_utils.provenance import NUMBERS, versions
 from fedkd_utils.records import Record
@@ -222,14 +223,13 @@ def tune(
             row, setting, TUNING_SEED, replace(shorter, learning_rate=rate), root, sites=loaded[1], workers=workers
         )
         trial = {"setting": setting, "learning_rate": rate, "validation": None if math.isnan(dice) else round(dice, 5)}
-        trial["device"] = device_title(compute_device())
+        trial |= {"device": device_title(compute_device()), "versions": versions()}
         known[row, setting, rate] = trial | {"numbers": NUMBERS, "method": ROWS[row].identity()}
         facts = {
             "command": f"python -m fedkd_utils tune --profile {profile.name}",
             "grid": LEARNING_RATES,
             "seed": TUNING_SEED,
             "rounds": shorter.rounds,
-            "versions": versions(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "rows": _chosen(known),
         }
@@ -265,21 +265,26 @@ def measure_seconds(
     """Measure what a round of each row costs a client, in CPU seconds, one row after the other on this machine.
 
     Results may come from several processes on a GPU, or from a machine that did other work too; their times cannot be
-    compared. Here every row is timed the same way: two clients, one at a time, each with one thread, the faster of
-    two rounds; and what looking at the unlabelled volumes with the teacher costs, once. Every round has the same
+    compared. Here every row is timed the same way: two clients, one at a time, on the CPU with one thread, the faster
+    of two rounds; and what looking at the unlabelled volumes with the teacher costs, once. Every round has the same
     steps, so the seconds of a run are these times its rounds (:func:`records.with_seconds`).
     """
     setting = SETTINGS_OF_CLIENTS[0]
     measured: dict[str, Any] = {}
+    threads = torch.get_num_threads()
     for row in [name for name in rows if ROWS[name].objective is not None]:
-        history = experiments.timed(row, setting, replace(profile, rounds=2), root)
+        torch.set_num_threads(1)
+        try:
+            history = experiments.timed(row, setting, replace(profile, rounds=2), root)
+        finally:
+            torch.set_num_threads(threads)
         by_client = history.groupby("client")
         looking = by_client["teacher_cpu_seconds"].sum().mean() if "teacher_cpu_seconds" in history else 0.0
         measured[row] = {"round": round(by_client["cpu_seconds"].min().mean(), 3), "looking": round(float(looking), 3)}
         say(f"{row}: {measured[row]['round']:.2f} s a round and client, {looking:.2f} s looking")
     facts = {
         "command": f"python -m fedkd_utils seconds --profile {profile.name}",
-        "machine": records.machine(1),
+        "machine": records.machine(1) | {"device": "cpu", "threads": 1},
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "rows": measured,
@@ -304,6 +309,32 @@ def report(name: str, profile: Settings, folder: Path, seeds: Sequence[int] = gr
                 dice = float(np.nanmean(statistics.score_table(runs).to_numpy(np.float64)))
                 lines.append(f"  {setting:14s} {key:50s} Dice {dice:.3f}  {_against(reference, runs)}".rstrip())
     return "\n".join(lines)
+
+
+def cost_report(profile: Settings, folder: Path, seeds: Sequence[int] = grids.SEEDS) -> str:
+    """When each row reaches the final validation Dice of the best semi-supervised rival, and what it had cost then.
+
+    Of rows of which all seeds are there; seconds are those of :func:`measure_seconds`, or of the runs before that.
+    """
+    points = points_of("rows", profile, folder, seeds) + points_of("beyond", profile, folder, seeds)
+    done = standing(points, profile, folder).done
+    if seconds_file(folder).is_file():
+        done = dict(zip(done, records.with_seconds(done.values(), seconds_file(folder)), strict=True))
+    lines = []
+    for setting in SETTINGS_OF_CLIENTS:
+        whole = {row: runs for row, runs in records.by_row(done, setting).items() if len(runs) == len(seeds)}
+        rivals = [row for row in RIVALS if row in whole]
+        if not rivals:
+            continue
+        rival = statistics.best_rival(whole, rivals)
+        target = statistics.final_dice(whole[rival])
+        lines.append(f"{setting}: final validation Dice {target:.3f} of {rival}, the best rival, is reached after")
+        lines.append(f"  {'row':28s} {'runs':>5s} {'rounds':>7s} {'seconds':>8s} {'MB':>8s}")
+        for line in statistics.reach_table(whole, target).to_dict("records"):
+            share = f"{line['reached']}/{line['runs']}"
+            costs = f"{line['round']:7.0f} {line['seconds']:8.1f} {line['mb']:8.1f}"
+            lines.append(f"  {line['row']:28s} {share:>5s} {costs}")
+    return "\n".join(lines) or "costs: no setting has whole rows yet"
 
 
 def _against(reference: Sequence[Record], runs: Sequence[Record]) -> str:

@@ -11,9 +11,7 @@ contrast away from what the network knows.
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +21,16 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.inferers import sliding_window_inference
-from nibabel.spatialimages import HeaderDataError
-from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
 from fedkd_utils import figures, readers, transforms
-from fedkd_utils.calibration import sheet_thickness_mm
-from fedkd_utils.files import write_atomically
+from fedkd_utils.calibration import THICK_SLICES_MM, sheet_thickness_mm
+from fedkd_utils.files import write_atomically, zipped
 from fedkd_utils.metrics import keep_largest_components
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.transforms import VolumeError, by_axis
 
 Network = Callable[[Tensor], Tensor]
 
@@ -43,6 +39,9 @@ WINDOW_OVERLAP = 0.5
 
 #: From how many grids along some axis on the joint is looked for first, and how many are then cut out round it.
 WIDE, MARGIN = 1.6, 1.25
+
+#: So much of the cartilage that was seen may lie beyond either end of its extent: specks do not count.
+EDGE_SHARE = 0.05
 
 #: Of a window, as a share of that of the whole volume: a window of nothing but air is not stretched to an image.
 LEAST_SPREAD = 0.1
@@ -79,13 +78,15 @@ class Segmentation:
 
     def report(self) -> str:
         """What was read, how much cartilage was found, and where it is written: for a terminal."""
-        voxels = " x ".join(str(n) for n in self.label.shape)
-        size, code = _numbers(nib.affines.voxel_sizes(self.affine)), "".join(nib.aff2axcodes(self.affine))
+        voxels = by_axis(self.label.shape)
+        size, code = by_axis(nib.affines.voxel_sizes(self.affine)), "".join(nib.aff2axcodes(self.affine))
         lines = [f"{self.source}: {voxels} voxels of {size} mm, axes {code}"]
         for name, ml in self.volumes_ml.items():
             thick = self.thickness_mm[name]
             mean = "none found" if math.isnan(thick) else f"{thick:.1f} mm thick on average"
             lines.append(f"  {name + ' cartilage':<20}{ml:6.1f} ml  {mean}")
+        if (step := max(transforms.voxel_sizes_mm(self.affine))) >= THICK_SLICES_MM:
+            lines.append(f"  with slices of {step:g} mm the thickness of thin cartilage may be off by half")
         return "\n".join([*lines, f"written: {self.path}"])
 
     def table(self) -> pd.DataFrame:
@@ -96,7 +97,7 @@ class Segmentation:
 
 
 def segment_volume(
-    path: str | Path,
+    volume: str | Path | Volume,
     network: Network,
     settings: Settings,
     out: str | Path | None = None,
@@ -109,7 +110,8 @@ def segment_volume(
     Without a file: ``label_volume(read_volume(path), network, settings)``.
 
     Args:
-        path: a three-dimensional ``.nii`` or ``.nii.gz``, or the folder of a DICOM series.
+        volume: a three-dimensional ``.nii`` or ``.nii.gz``, the folder of a DICOM series, or what :func:`read_volume`
+            made of one of them.
         network: (B, 1, D, H, W) z-scored -> (B, C, D, H, W) logits; a module must be in evaluation mode.
         settings: of the network: ``grid_shape`` and ``grid_spacing_mm``.
         out: the ``.nii`` or ``.nii.gz`` to write (uint8, same shape and affine), replaced in one step; without
@@ -123,8 +125,9 @@ def segment_volume(
         VolumeError: the file cannot be a knee, see :func:`read_volume`.
         ValueError: ``out`` would overwrite the volume, or the network is in training mode or gives NaN.
     """
-    target = _checked_target(default_output(path) if out is None else Path(out), Path(path))
-    volume = read_volume(path)
+    path = volume.path if isinstance(volume, Volume) else Path(volume)
+    target = _checked_target(default_output(path) if out is None else Path(out), path)
+    volume = volume if isinstance(volume, Volume) else read_volume(path)
     label = label_volume(volume, network, settings, locate=locate, progress=progress)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     volumes = {CLASS_NAMES[c]: int(np.count_nonzero(label == c)) * voxel_ml for c in CARTILAGES}
@@ -144,21 +147,18 @@ def label_volume(
 ) -> NDArray[np.uint8]:
     """The classes of a volume on its own grid, (X, Y, Z) uint8, largest components kept.
 
-    ``locate`` looks twice where the field of view reaches beyond :data:`WIDE` times the network's grid: over all of it
-    with windows that hardly overlap, and then round the place where most cartilage was seen (:func:`joint_centre`), in
-    the middle of the view as in training. What lies elsewhere is background then.
+    ``locate`` looks twice where the field of view reaches beyond :data:`WIDE` times the network's grid: over all of it,
+    and then round the joint (:func:`joint_in`), which lies in the middle of the view as in training. What lies
+    elsewhere is background then.
     """
-    if isinstance(network, nn.Module) and network.training:
-        raise ValueError("The network is in training mode: call network.eval() before it segments.")
-    spacing, least = settings.grid_spacing_mm, settings.grid_shape
-    view, grid_affine = transforms.to_grid(volume.image, volume.affine, spacing)
-    d, h, w = (max(have, want) for have, want in zip(view.shape, least, strict=True))
-    if (d, h, w) != tuple(view.shape):  # fills up with the smallest value, as the training grid does
-        view, grid_affine = transforms.to_grid(volume.image, volume.affine, spacing, (d, h, w))
+    _refuse_training(network)
+    least = settings.grid_shape
+    view, grid_affine = _view(volume.image, volume.affine, settings)
     if locate and any(n > WIDE * size for n, size in zip(view.shape, least, strict=True)):
-        seen = window_probabilities(view, network, least, overlap=0.25, progress=progress)
-        box = _box_round(joint_centre(seen, least), least, (d, h, w))
-        probabilities = torch.zeros_like(seen)
+        found = joint_in(view, network, least, progress=progress)
+        d, h, w = view.shape
+        box = _box_round(found or (d // 2, h // 2, w // 2), least, (d, h, w))
+        probabilities = torch.zeros((len(CLASS_NAMES), d, h, w))
         probabilities[0] = 1
         probabilities[:, *box] = window_probabilities(view[box], network, least, progress=progress)
     else:
@@ -167,24 +167,74 @@ def label_volume(
     return keep_largest_components(transforms.from_grid(probabilities, grid_affine, (x, y, z), volume.affine))
 
 
-def joint_centre(probabilities: Tensor, window: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Where the joint is: the middle of the cartilage in that window which holds most of it, as voxel (D, H, W).
+def locate_joint(
+    image: NDArray[np.float32], affine: NDArray[np.float64], network: Network, settings: Settings
+) -> NDArray[np.float64] | None:
+    """Where the joint is in a field of view, in RAS mm, as a network sees it; None where it sees no cartilage.
+
+    Args:
+        image: (X, Y, Z) in the order of the file.
+        affine: (4, 4) voxel index to RAS mm.
+        network, settings: as for :func:`segment_volume`.
+
+    Raises:
+        ValueError: the network is in training mode or gives NaN.
+    """
+    _refuse_training(network)
+    view, grid_affine = _view(image, affine, settings)
+    found = joint_in(view, network, settings.grid_shape)
+    return None if found is None else np.asarray(nib.affines.apply_affine(grid_affine, found))
+
+
+def _refuse_training(network: Network) -> None:
+    if isinstance(network, nn.Module) and network.training:
+        raise ValueError("The network is in training mode: call network.eval() before it segments.")
+
+
+def _view(
+    image: NDArray[np.float32], affine: NDArray[np.float64], settings: Settings
+) -> tuple[Tensor, NDArray[np.float64]]:
+    """The whole field of view at the network's spacing, at least one grid large, and its affine."""
+    spacing, least = settings.grid_spacing_mm, settings.grid_shape
+    view, grid_affine = transforms.to_grid(image, affine, spacing)
+    d, h, w = (max(have, want) for have, want in zip(view.shape, least, strict=True))
+    if (d, h, w) != tuple(view.shape):  # fills up with the smallest value, as the training grid does
+        view, grid_affine = transforms.to_grid(image, affine, spacing, (d, h, w))
+    return view, grid_affine
+
+
+def joint_in(
+    view: Tensor, network: Network, window: tuple[int, int, int], *, progress: bool = False
+) -> tuple[int, int, int] | None:
+    """The voxel of a view (D, H, W) in which the joint's middle lies: windows that hardly overlap look for it."""
+    return joint_centre(window_probabilities(view, network, window, overlap=0.25, progress=progress), window)
+
+
+def joint_centre(probabilities: Tensor, window: tuple[int, int, int]) -> tuple[int, int, int] | None:
+    """Where the joint is: the middle of the extent of the cartilage in that window which holds most of it, as voxel.
 
     A few bright voxels anywhere do not make a joint; a window full of probable cartilage does.
 
     Args:
         probabilities: (C, D, H, W) of the whole field of view.
+
+    Returns:
+        None where no voxel is probably cartilage.
     """
     cartilage = (1 - probabilities[0]).clamp(min=0).numpy()
     cartilage = np.where(cartilage > 0.2, cartilage, 0)  # else the many doubtful voxels of a large view outweigh it
+    if not cartilage.any():
+        return None
     held = ndimage.uniform_filter(cartilage, size=window, mode="constant")
     best = np.unravel_index(int(held.argmax()), held.shape)
     near = [slice(max(int(k) - n // 2, 0), int(k) + n // 2 + 1) for k, n in zip(best, window, strict=True)]
     part = cartilage[tuple(near)]
-    if not part.any():
-        return probabilities.shape[1] // 2, probabilities.shape[2] // 2, probabilities.shape[3] // 2
-    d, h, w = (round(edge.start + c) for edge, c in zip(near, ndimage.center_of_mass(part), strict=True))
-    return d, h, w
+    middle = []
+    for axis, edge in enumerate(near):
+        along = part.sum(axis=tuple(other for other in range(3) if other != axis)).cumsum()
+        low, high = np.searchsorted(along, (EDGE_SHARE * along[-1], (1 - EDGE_SHARE) * along[-1]))
+        middle.append(edge.start + round(float(low + high) / 2))
+    return middle[0], middle[1], middle[2]
 
 
 def _box_round(
@@ -245,8 +295,7 @@ def z_scored(windows: Tensor, least_spread: float) -> Tensor:
 def read_volume(path: str | Path) -> Volume:
     """Read a NIfTI volume or the folder of a DICOM series; refuse what :func:`transforms.read_volume` refuses.
 
-    And what only a stranger's file can be: without image or orientation, with a spacing or extent that no knee has, of
-    wrong checksum, a series that lacks a slice.
+    And what only a stranger's file can be: without image, with an extent that no knee has, a series that lacks a slice.
 
     Raises:
         FileNotFoundError: no such file.
@@ -256,85 +305,42 @@ def read_volume(path: str | Path) -> Volume:
     if path.is_dir():
         image, affine = readers.read_dicom(path)
         return Volume(path, refuse_implausible(image, affine, path), affine, nib.Nifti1Image(image, affine).header)
-    header = check_header(path)
-    try:
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused
-            image, affine = transforms.read_volume(path)
-    except VolumeError as error:  # nibabel's own words may run over several lines
-        raise VolumeError(" ".join(line.strip() for line in str(error).splitlines())) from error
+    image, affine, header = transforms.read_nifti(path)
     return Volume(path, refuse_implausible(image, affine, path), affine, header)
-
-
-def check_header(path: Path) -> nib.Nifti1Header:
-    """The header of a NIfTI file as it is on disk, with a spacing and an orientation; errors of :func:`read_volume`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Give the path of a .nii or .nii.gz volume.")
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise VolumeError(f"{path}: not a .nii or .nii.gz file. Convert the series, for example with dcm2niix.")
-    header = _stored_header(path)
-    spacing = np.asarray(header["pixdim"][1:4], dtype=float)
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise VolumeError(
-            f"{path}: the spacing in its header is {_numbers(spacing)}, not three positive numbers. "
-            "Convert the original series again."
-        )
-    if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
-        raise VolumeError(
-            f"{path}: its header has no orientation (qform and sform code 0), so up and down are unknown. "
-            "Convert the original series again."
-        )
-    return header
 
 
 def refuse_implausible(image: NDArray[np.float32], affine: NDArray[np.float64], path: Path) -> NDArray[np.float32]:
     """The image itself, unless it is constant or reaches over what no scan of a knee does (:class:`VolumeError`)."""
-    if image.min() == image.max():
-        raise VolumeError(f"{path}: all voxels are {image.min():g}, there is no image in it. Export it again.")
-    extent = nib.affines.voxel_sizes(affine) * image.shape
+    transforms.refuse_constant(image, path)
+    extent = transforms.extent_mm(image.shape, affine)
     if not ((extent >= PLAUSIBLE_EXTENT_MM[0]) & (extent <= PLAUSIBLE_EXTENT_MM[1])).all():
         raise VolumeError(
-            f"{path}: it reaches over {_numbers(extent)} mm, which no scan of a knee does. "
+            f"{path}: it reaches over {by_axis(extent)} mm, which no scan of a knee does. "
             "Check the spacing and its unit in the header."
         )
     return image
 
 
-def preview(volume: str | Path, label: str | Path, out: str | Path) -> None:
+def preview(volume: Volume, label: NDArray[np.uint8], out: str | Path) -> None:
     """Draw a segmentation as all volumes of the course are drawn: twelve sagittal slices through the cartilage.
 
     Args:
-        volume: the NIfTI volume, or the folder of a DICOM series.
-        label: its segmentation, on the same grid.
+        volume: of :func:`read_volume`.
+        label: (X, Y, Z), its segmentation, in the order of the file.
         out: the picture to write, ``.png``.
 
     Raises:
-        FileNotFoundError, VolumeError: see :func:`transforms.read_volume` and :func:`transforms.read_label`.
+        VolumeError: the label has another shape.
     """
-    source = Path(volume)
-    stored, affine = readers.read_dicom(source) if source.is_dir() else transforms.read_volume(source)
-    image, ras = transforms.to_ras(stored, affine)
-    classes, _ = transforms.to_ras(transforms.read_label(label, volume, stored.shape, affine), affine)
-    figure, _ = figures.montage(image, transforms.voxel_sizes_mm(ras), classes, 12, Path(volume).name)
+    transforms.refuse_other_grid(
+        (label.shape, volume.affine), (volume.image.shape, volume.affine), "label", volume.path
+    )
+    image, ras = transforms.to_ras(volume.image, volume.affine)
+    classes, _ = transforms.to_ras(label, volume.affine)
+    figure, _ = figures.montage(image, transforms.voxel_sizes_mm(ras), classes, 12, volume.path.name)
     width, height = figure.get_size_inches()
     figure.set_size_inches(2 * width, 2 * height)  # a scanner has more pixels than a made knee
     write_atomically(Path(out), figures.png(figure))
-
-
-def _stored_header(path: Path) -> nib.Nifti1Header:
-    """The header as it is on disk (nibabel mends a spacing of 0), after reading a ``.gz`` to its checksum."""
-    try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-            start = file.read(540)
-            while file.read(1 << 22):
-                pass
-        kind = nib.Nifti2Header if start[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c") else nib.Nifti1Header
-        return kind(start[: kind.sizeof_hdr], check=False)
-    except (OSError, EOFError, zlib.error, WrapStructError, HeaderDataError) as error:
-        raise VolumeError(f"{path}: damaged or not a NIfTI file ({error}). Copy or export it again.") from error
-
-
-def _numbers(values: NDArray[np.float64]) -> str:
-    return " x ".join(f"{value:g}" for value in values)
 
 
 def _checked_target(out: Path, source: Path) -> Path:
@@ -356,4 +362,4 @@ def _write_label(out: Path, label: NDArray[np.uint8], source: nib.Nifti1Header) 
     for field in GEOMETRY:
         header[field] = source[field]
     content = nib.Nifti1Image(label, None, header).to_bytes()
-    write_atomically(out, gzip.compress(content, 6, mtime=0) if out.name.endswith(".gz") else content)
+    write_atomically(out, zipped(content) if out.name.endswith(".gz") else content)

@@ -33,11 +33,13 @@ def aggregate(updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLAS
         class_axes: the tensors of the last layer with the axis of the classes (:func:`networks.class_axes`).
 
     Raises:
-        FederationError: no update, two of one client, a count below 1.
+        FederationError: no update, two of one client, a count below 1, or partial classes without ``class_axes``.
         CheckpointError: NaN, or names or shapes that differ; names the client.
     """
     ordered = sorted(updates, key=lambda update: update.client)
     _check_updates(ordered)
+    if not class_axes and any(update.class_shares for update in ordered):
+        raise FederationError("A client does not draw every class: say class_axes, or its weights count wrongly.")
     counts = [update.n_examples for update in ordered]
     averaged = weighted_mean([update.state for update in ordered], counts)
     for c in sorted({c for update in ordered for c in update.class_shares}):

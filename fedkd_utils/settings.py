@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: The folder of the whole project.
+PROJECT = Path(__file__).resolve().parent.parent
 
 CLASS_NAMES = ("background", "femoral", "tibial", "patellar")
 CARTILAGES = (1, 2, 3)
@@ -140,10 +147,21 @@ def any_contrast(settings: Settings) -> Settings:
     return replace(settings, teacher_contrast="random", teacher_steps=3 * settings.teacher_steps)
 
 
+def entry_named(entries: Mapping[str, T], name: str, what: str) -> T:
+    """The entry of a name.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    if name not in entries:
+        raise ValueError(f"There is no {what} {name!r}: choose one of {', '.join(entries)}.")
+    return entries[name]
+
+
 PROFILES = {settings.name: settings for settings in (QUICK, REFERENCE, PAPER)}
 
 
 def cache_folder() -> Path:
     """The folder of everything that is made on first use: ``data/cache``, or ``$FEDKD_CACHE`` when set."""
     named = os.environ.get("FEDKD_CACHE")
-    return Path(named) if named else Path(__file__).resolve().parent.parent / "data" / "cache"
+    return Path(named) if named else PROJECT / "data" / "cache"

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedkd_utils import acquisition, anatomy, segment, sites, transforms
+from fedkd_utils import acquisition, anatomy, sites, transforms
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
-from fedkd_utils.cohorts import CLIENT_SCANNERS
+from fedkd_utils.cohorts import CLIENT_SCANNERS, number_of
+from fedkd_utils.files import folder_in_one_step
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.sites import Entry
 from fedkd_utils.transforms import VolumeError
@@ -56,7 +57,6 @@ def read_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     Raises:
         FileNotFoundError, VolumeError: see :func:`transforms.read_volume`; other values, no bone, or no cartilage.
     """
-    segment.check_header(path)
     raw, affine = transforms.read_volume(path)
     if not np.isin(raw, (0, *TISSUE_OF_VALUE)).all():
         raise VolumeError(
@@ -173,8 +173,8 @@ def simulate_sites(
 
     ``out`` gets one site a folder, in the Decathlon layout, for :func:`sites.open_sites`. Nobody is in two sites or two
     splits: 4 of 10 people are the repository's (DESS), the others are dealt to the clients. Of a client's people a
-    quarter is for test, an eighth for validation, a third of the others is labelled; the truth of the unlabelled ones
-    lies in ``hidden``, beside the clients. A class that a map does not have is not labelled there.
+    quarter is for test, an eighth for validation, a third of the others is labelled. A class that a map does not have
+    is not labelled there.
 
     Args:
         folder: NIfTI label maps; a file's name up to the first ``_`` is the person.
@@ -201,14 +201,14 @@ def simulate_sites(
     dealt = {sites.REPOSITORY: people[:taught]}
     dealt |= {f"client_{k + 1}": people[taught + k :: clients] for k in range(clients)}
     clinics = itertools.cycle(CLIENT_SCANNERS["heterogeneous"])
-    with sites.beside(out) as building:
+    with folder_in_one_step(out) as building:
         for site, own in dealt.items():
             teaches = site == sites.REPOSITORY
             scanner = SCANNERS["repository_dess" if teaches else next(clinics)]
             sites.write_site(
                 building / site,
                 f"Real label maps through a simulated scanner: {scanner.title}",
-                _scans(maps, _splits(own, teaches), scanner, building / "hidden" / "labelsTr", progress),
+                _scans(maps, _splits(own, teaches), scanner, progress),
             )
 
 
@@ -226,7 +226,6 @@ def _scans(
     maps: Mapping[str, Sequence[Path]],
     splits: Mapping[str, str],
     scanner: Scanner,
-    hidden: Path,
     progress: Callable[[str], None] | None,
 ) -> Iterator[Entry]:
     for person, split in splits.items():
@@ -234,9 +233,7 @@ def _scans(
             if progress is not None:
                 progress(path.name)
             values, affine = read_map(path)
-            made = scan_map(values, affine, sites.number_of(person), scanner, visit)
+            made = scan_map(values, affine, number_of(person), scanner, visit)
             name, label = path.name.split(".nii")[0], made.label
             classes = tuple(c for c in CARTILAGES if (values == 2 * c).any())
-            if split == "unlabelled":
-                sites.write_volume(hidden / f"{name}.nii.gz", label, made.affine)
             yield Entry(name, split, person, made.image, None if split == "unlabelled" else label, made.affine, classes)

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import base64
-import errno
-import gzip
+import functools
 import hashlib
 import html
-import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,10 +16,10 @@ from numpy.typing import NDArray
 
 from fedkd_utils import cohorts, figures, readers, segment, transforms
 from fedkd_utils.cohorts import Cohort, Site
-from fedkd_utils.files import write_atomically
+from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.readers import Loaded, Reading
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.transforms import VolumeError, by_axis, middle_mm, one_line
 
 #: The site that teaches, where there is one.
 REPOSITORY = "repository"
@@ -46,6 +39,17 @@ SHOWN = 12
 #: The share of its cartilage that a volume may lose at the edge of the common grid.
 MOST_OUTSIDE = 0.2
 
+#: From how many grids along some axis on a network looks for the joint of a volume without a label.
+MUCH_LARGER = 1.1
+
+#: The splits that nobody trains on.
+HELD_OUT = ("validation", "test")
+
+Progress = Callable[[str], None]
+
+#: Makes a network that sees cartilage, and says which settings it has.
+Finder = Callable[[], tuple[segment.Network, Settings]]
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -59,7 +63,6 @@ class Finding:
 class VolumeFacts:
     """What a volume says about itself."""
 
-    name: str
     subject: str
     split: str
     shape: tuple[int, ...]
@@ -83,15 +86,36 @@ class Report:
         """Those that must be mended first."""
         return [finding for finding in self.findings if finding.level == "error"]
 
+    def _labelled(self, site: str) -> set[str]:
+        """The splits in which a site has labelled volumes; "" where it does not name them."""
+        return {volume.split for volume in self.facts[site] if volume.volumes_ml}
+
+    @property
+    def verdict(self) -> str:
+        """What to do next, in a sentence."""
+        if self.errors:
+            return "Mend the errors first."
+        clients = [site for site in self.facts if site != REPOSITORY]
+        if not any(self._labelled(site) for site in clients):
+            return (
+                "No client has labels, so nothing can be trained: draw some (`prepare` brings the volumes to one grid "
+                "first), or `segment` them with a model."
+            )
+        whole = {"training", "validation", "test"}
+        step = "`prepare`"
+        if all(self.layouts[site] == "nifti" and self._labelled(site) >= whole for site in clients):
+            step = "`run`, which takes the middle of every field of view, or `prepare`, which looks for the joint"
+        return f"Look at the warnings, then go on with {step}." if self.findings else f"Ready for {step}."
+
     def text(self) -> str:
         """The report for a terminal: a paragraph per site, then the findings, then the verdict."""
         lines = []
         for site, volumes in self.facts.items():
             people = len({volume.subject for volume in volumes})
-            lines.append(f"{site} ({self.layouts[site]}): {len(volumes)} volumes of {people} people")
+            lines.append(f"{site} ({self.layouts[site]}): {len(volumes)} volumes, counted as {people} people")
             for title, values in (
-                ("voxels", [" x ".join(map(str, v.shape)) for v in volumes]),
-                ("mm", [" x ".join(f"{s:.3g}" for s in v.spacing_mm) for v in volumes]),
+                ("voxels", [by_axis(v.shape) for v in volumes]),
+                ("mm", [by_axis(v.spacing_mm) for v in volumes]),
                 ("axes", [v.axes for v in volumes]),
             ):
                 counts = {value: values.count(value) for value in dict.fromkeys(values)}
@@ -102,10 +126,7 @@ class Report:
                 lines.append(f"  {CLASS_NAMES[c]:8s}  {words}")
         lines += [f"{finding.level}: {finding.text}" for finding in self.findings]
         warnings = len(self.findings) - len(self.errors)
-        verdict = (
-            "Mend the errors first." if self.errors else "Ready for `prepare`, or for `run` where splits are named."
-        )
-        return "\n".join([*lines, f"{len(self.errors)} errors, {warnings} warnings. {verdict}"])
+        return "\n".join([*lines, f"{len(self.errors)} errors, {warnings} warnings. {self.verdict}"])
 
 
 def site_folders(folder: str | Path) -> dict[str, Path]:
@@ -130,13 +151,14 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     return {path.resolve().name: path for path in inside}
 
 
-def check_sites(folder: str | Path, progress: Callable[[str], None] | None = None) -> Report:
+def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
     """Inspect one folder per site: every file is read, nothing is written, and no fault hides the next one.
 
     Errors: what cannot be read, no spacing or orientation, unknown label values, labels without or on another grid than
     their image, empty labels, a femur below its tibia or before its patella, one person in two splits or sites, one
-    content twice. Warnings: implausible spacing, intensities or volumes, a class that is said to be labelled and is
-    nowhere, a folder that is no site.
+    content twice, too few labelled people for the splits, label maps without images. Warnings: implausible spacing,
+    intensities or volumes, a class that is said to be labelled and is nowhere, a client without labels, volumes that
+    were held out but cannot be scored, a folder that is no site.
 
     Args:
         progress: called with the name of each file.
@@ -145,49 +167,61 @@ def check_sites(folder: str | Path, progress: Callable[[str], None] | None = Non
         FileNotFoundError, VolumeError: see :func:`site_folders`.
     """
     report = Report()
-    found_sites = site_folders(folder)
-    for path in sorted(Path(folder).iterdir()) if Path(folder) not in found_sites.values() else []:
-        if path.is_dir() and path not in found_sites.values() and path.name != "hidden" and path.name[0] != ".":
-            text = f"{path}: in no layout that is known here, so it is left out. Put images in imagesTr."
-            report.findings.append(Finding("warning", text))
-    for site, path in found_sites.items():
-        report.layouts[site] = readers.layout(path) or ""
-        report.facts[site] = []
-        try:
-            found = readers.read_set(path)
-        except (ValueError, OSError) as error:
-            report.findings.append(Finding("error", one_line(error)))
-            continue
-        for reading in found:
-            if progress is not None:
-                progress(f"{site}: {reading.name}")
-            facts, findings = _inspect(reading, report.layouts[site])
-            report.findings += findings
-            if facts is not None:
-                report.facts[site].append(facts)
-        if not any(reading.classes for reading in found) and site != REPOSITORY:
-            report.findings.append(Finding("warning", f"{path}: no labels; a client needs some to train on."))
+    for site, path in _begin(report, folder).items():
+        for reading in _readings(report, site, path):
+            _inspect(report, site, reading, progress)
     _compare(report)
     return report
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, at most some lines of a terminal long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 600 else text[:597] + "..."
+def _begin(report: Report, folder: str | Path) -> dict[str, Path]:
+    """The sites of a folder; a sub-folder that is none is reported."""
+    found = site_folders(folder)
+    for path in sorted(Path(folder).iterdir()) if Path(folder) not in found.values() else []:
+        if path.is_dir() and path not in found.values() and path.name[0] != ".":
+            text = f"{path}: in no layout that is known here, so it is left out. Put images in imagesTr."
+            report.findings.append(Finding("warning", text))
+    return found
 
 
-def load_checked(reading: Reading, layout: str) -> Loaded:
+def _readings(report: Report, site: str, path: Path) -> list[Reading]:
+    """The volumes of a site, with what can be said before any is loaded."""
+    report.layouts[site] = readers.layout(path) or ""
+    report.facts[site] = []
+    try:
+        found = readers.read_set(path)
+    except (ValueError, OSError) as error:
+        report.findings.append(Finding("error", one_line(error)))
+        return []
+    if report.layouts[site] in readers.WITHOUT_IMAGES:
+        text = f"{path}: label maps without images. Make images for them with `simulate` first."
+        report.findings.append(Finding("error", text))
+        return found
+    try:
+        split_by_person(found, path, 0)
+    except VolumeError as error:
+        report.findings.append(Finding("error", str(error)))
+    if held := sum(reading.split in HELD_OUT and not reading.classes for reading in found):
+        text = (
+            f"{path}: {held} volumes of its own validation or test part have no label. They cannot be scored, and are "
+        )
+        report.findings.append(Finding("warning", f"{text}left out of training, too."))
+    if not any(reading.classes for reading in found) and site != REPOSITORY:
+        text = (
+            f"{path}: no labels, and `run` refuses a client without any. Draw some, or leave the folder out of `run`."
+        )
+        report.findings.append(Finding("warning", text))
+    return found
+
+
+def load_checked(reading: Reading) -> Loaded:
     """Load a reading and refuse what no network may see.
 
     Raises:
         FileNotFoundError, VolumeError: one line that begins with the file.
     """
     try:
-        if layout in ("nifti", "oaizib_cm"):
-            segment.check_header(reading.path)
-        with np.errstate(over="ignore"):  # becomes infinite, and is refused
-            image, label, affine = reading.load()
+        image, label, affine = reading.load()
     except (VolumeError, FileNotFoundError) as error:
         raise type(error)(one_line(error)) from error
     except Exception as error:  # whatever a library makes of a damaged file
@@ -197,7 +231,7 @@ def load_checked(reading: Reading, layout: str) -> Loaded:
     if label is not None and not label.any():
         raise VolumeError(f"{reading.path}: its label is empty. Remove the label file, or draw it.")
     if label is not None:
-        femoral, tibial, patellar = (_centre(label == c, affine) for c in CARTILAGES)
+        femoral, tibial, patellar = (middle_mm(label == c, affine) for c in CARTILAGES)
         if femoral[2] < tibial[2]:
             raise VolumeError(
                 f"{reading.path}: femoral cartilage lies below tibial cartilage: the header turns the knee upside "
@@ -211,24 +245,21 @@ def load_checked(reading: Reading, layout: str) -> Loaded:
     return image, label, affine
 
 
-def _centre(mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The middle of a mask in RAS mm; NaN of an empty one, which is neither above nor below anything."""
-    found = np.argwhere(mask)
-    return np.asarray(nib.affines.apply_affine(affine, found.mean(axis=0) if len(found) else np.full(3, np.nan)))
-
-
-def _inspect(reading: Reading, layout: str) -> tuple[VolumeFacts | None, list[Finding]]:
+def _inspect(report: Report, site: str, reading: Reading, progress: Progress | None) -> Loaded | None:
+    """Load a volume and report on it; None, and an error in the report, when it cannot be used."""
+    if progress is not None:
+        progress(f"{site}: {reading.name}")
     try:
-        image, label, affine = load_checked(reading, layout)
+        image, label, affine = load_checked(reading)
     except (VolumeError, FileNotFoundError) as error:
-        return None, [Finding("error", str(error))]
+        report.findings.append(Finding("error", str(error)))
+        return None
     spacing = transforms.voxel_sizes_mm(affine)
     array = image if image is not None else label
     assert array is not None
     warnings = []
     if not all(PLAUSIBLE_SPACING_MM[0] <= step <= PLAUSIBLE_SPACING_MM[1] for step in spacing):
-        sizes = " x ".join(f"{step:g}" for step in spacing)
-        warnings.append(f"voxels of {sizes} mm are unusual for a knee; check the unit in the header.")
+        warnings.append(f"voxels of {by_axis(spacing)} mm are unusual for a knee; check the unit in the header.")
     if image is not None:
         warnings += _intensity_warnings(image)
     voxel_ml = float(np.prod(spacing)) / 1000
@@ -241,7 +272,6 @@ def _inspect(reading: Reading, layout: str) -> tuple[VolumeFacts | None, list[Fi
             warnings.append(f"{ml:.1f} ml of {CLASS_NAMES[c]} cartilage; adults have {low:g} to {high:g} ml.")
     content = hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
     facts = VolumeFacts(
-        reading.name,
         reading.subject,
         reading.split,
         tuple(array.shape),
@@ -251,7 +281,9 @@ def _inspect(reading: Reading, layout: str) -> tuple[VolumeFacts | None, list[Fi
         content,
         reading.path,
     )
-    return facts, [Finding("warning", f"{reading.path}: {text}") for text in warnings]
+    report.facts[site].append(facts)
+    report.findings += [Finding("warning", f"{reading.path}: {text}") for text in warnings]
+    return image, label, affine
 
 
 def _intensity_warnings(image: NDArray[np.float32]) -> list[str]:
@@ -295,11 +327,41 @@ def _compare(report: Report) -> None:
 
 
 @dataclass(frozen=True)
+class Crop:
+    """Where a volume larger than the common grid was cut."""
+
+    name: str
+    round: str  # "its label", "the joint that the network found" or "the middle of its field of view"
+    place_mm: tuple[float, float, float]  # of the middle of the grid, RAS
+    off_mm: float  # from the middle of the field of view
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        x, y, z = self.place_mm
+        return f"cut round {self.round}, at ({x:.0f}, {y:.0f}, {z:.0f}) mm in RAS, {self.off_mm:.0f} mm off the middle"
+
+
+@dataclass(frozen=True)
 class Prepared:
-    """Sites on the common grid, and what a person should look at before training on them."""
+    """Sites on the common grid, where their volumes were cut, and what a person should look at."""
 
     sites: dict[str, Site]
+    crops: dict[str, list[Crop]]  # by site; of the volumes that were larger than the grid
     warnings: list[Finding]
+
+    def text(self) -> str:
+        """What was made, for a terminal."""
+        lines = []
+        for name, site in self.sites.items():
+            lines.append(f"{name:20s} {site.counts}")
+            crops = self.crops[name]
+            if crops:
+                ways = [crop.round for crop in crops]
+                counts = ", ".join(f"{ways.count(way)} round {way}" for way in dict.fromkeys(ways))
+                far = max(crop.off_mm for crop in crops)
+                lines.append(f"{'':20s} larger than the grid and cut: {counts}; up to {far:.0f} mm off the middle")
+        return "\n".join([*lines, *(f"{finding.level}: {finding.text}" for finding in self.warnings)])
 
 
 def prepare_sites(
@@ -307,55 +369,57 @@ def prepare_sites(
     out: str | Path,
     settings: Settings,
     seed: int = 0,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    centred: bool = False,
+    network: Finder | None = None,
 ) -> Prepared:
     """Bring one folder per site to the common grid: RAS, ``settings.grid_spacing_mm`` and ``grid_shape``, as NIfTI.
 
-    The grid lies round the middle of each field of view. Writes a site in the Decathlon layout for each, with splits by
-    person (those of the set where it has them; else every fifth labelled person is for test and every fifth for
-    validation, at least one each), the labelled classes and people in ``dataset.json``, and ``preview.html``.
-    Everything is written beside ``out`` and moved there at the end: a fault or a full disk leaves nothing. Metrics are
-    in mm on the grid then; ``run`` also takes sites that were not prepared, and measures on the volumes' own grids.
+    A volume that is larger than the grid is cut round its joint: the middle of what its label marks, or, without a
+    label, where a network sees most cartilage (:func:`segment.locate_joint`). Test volumes with labels are cut round
+    them, too: scores on prepared sites say nothing about finding the joint. Writes a site in the Decathlon layout for
+    each, with splits by person (those of the set where it has them; else every fifth labelled person is for test and
+    every fifth for validation, at least one each), the labelled classes and people in ``dataset.json``, and
+    ``preview.html``, which says and shows where each volume was cut. Every volume is read once, and everything is
+    written beside ``out`` and moved there at the end: a fault or a full disk leaves nothing. Metrics are in mm on the
+    grid then; ``run`` also takes sites that were not prepared, and measures on the volumes' own grids.
+
+    Args:
+        progress: called with the name of each file.
+        centred: the joint lies in the middle of every field of view: do not look for it.
+        network: makes the network that looks for the joint, and its settings; called once, and only for an unlabelled
+            volume that is much larger than the grid. Without it such a volume is cut round its middle, with a warning.
 
     Raises:
         FileExistsError: ``out`` exists.
-        FileNotFoundError, VolumeError: the first fault of :func:`check_sites`, or too few labelled people.
+        FileNotFoundError, VolumeError: the first error of :func:`check_sites`, or a label that the grid does not hold.
         OSError: ``out`` cannot be written.
     """
     out = Path(out)
-    with beside(out) as building:
-        report = check_sites(folder, progress)
-        if report.errors:
-            raise VolumeError(f"{report.errors[0].text} ({len(report.errors)} errors in all: run `check`.)")
-        warnings, pages = list(report.findings), []
-        for site, path in site_folders(folder).items():
-            page, found = _prepare_site(path, building / site, site, settings, seed, progress)
+    find = None if network is None else functools.cache(network)
+    report = Report()
+    with folder_in_one_step(out) as building:
+        found, crops, pages = _begin(report, folder), {}, []
+        for site, path in found.items():
+            readings = _readings(report, site, path)
+            _stop(report)
+            split = split_by_person(readings, path, seed)
+            volumes = _on_grid(report, site, split, settings, progress, centred, find)
+            crops[site], page = _write_prepared(building / site, report.layouts[site], volumes, settings)
             pages.append(page)
-            warnings += found
-        page = "<!doctype html><meta charset=utf-8><title>Prepared sites</title>" + "".join(pages)
+        _compare(report)
+        _stop(report)
+        notes = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in report.findings)
+        page = "<!doctype html><meta charset=utf-8><title>Prepared sites</title>" + notes + "".join(pages)
         write_atomically(building / "preview.html", page.encode())
-    return Prepared({site: cohorts.open_site(out / site) for site in site_folders(folder)}, warnings)
+    return Prepared({site: cohorts.open_site(out / site) for site in found}, crops, report.findings)
 
 
-@contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that becomes it when the block ends well, and is gone when not.
-
-    Raises:
-        FileExistsError: ``out`` exists.
-        OSError: it cannot be written.
-    """
-    if out.exists():
-        raise FileExistsError(errno.EEXIST, "exists already; name a new folder, or remove it first", str(out))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield building
-        building.chmod(0o755)
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+def _stop(report: Report) -> None:
+    """Raise the first error of a report."""
+    if report.errors:
+        raise VolumeError(f"{report.errors[0].text} (`check` looks for all errors.)")
 
 
 @dataclass(frozen=True)
@@ -371,92 +435,103 @@ class Entry:
     classes: tuple[int, ...]  # that were drawn
 
 
-def write_site(folder: Path, description: str, volumes: Iterable[Entry]) -> dict[str, int]:
-    """Write a site in the Decathlon layout, one volume after the other; returns how many each split has.
+def write_site(folder: Path, description: str, volumes: Iterable[Entry]) -> None:
+    """Write a site in the Decathlon layout, one volume after the other.
 
     Raises:
         OSError: it cannot be written; names the file.
     """
-    entries: dict[str, list[Any]] = {"training": [], "unlabelled": [], "validation": [], "test": []}
+    files: dict[str, list[str]] = {split: [] for split in cohorts.SPLITS}
     classes: dict[str, list[int]] = {}
     people: dict[str, int] = {}
     for volume in volumes:
         file, half = f"{volume.name}.nii.gz", "Ts" if volume.split == "test" else "Tr"
-        write_volume(folder / f"images{half}" / file, volume.image, volume.affine)
-        people[file] = number_of(volume.person)
-        if volume.label is None:
-            entries["unlabelled"].append(f"./images{half}/{file}")
-            continue
-        write_volume(folder / f"labels{half}" / file, volume.label, volume.affine)
-        classes[file] = list(volume.classes)
-        entries[volume.split].append({"image": f"./images{half}/{file}", "label": f"./labels{half}/{file}"})
-    facts = {
-        "name": folder.name,
-        "description": description,
-        "modality": {"0": "MRI"},
-        "labels": {str(i): word for i, word in enumerate(CLASS_NAMES)},
-        **entries,
-        "labelled_classes": classes,
-        "subjects": people,
-    }
-    write_atomically(folder / "dataset.json", json.dumps(facts, indent=1).encode())
-    return {split: len(listed) for split, listed in entries.items()}
+        write_atomically(folder / f"images{half}" / file, nifti_bytes(volume.image, volume.affine))
+        people[file] = cohorts.number_of(volume.person)
+        files[volume.split if volume.label is not None else "unlabelled"].append(file)
+        if volume.label is not None:
+            write_atomically(folder / f"labels{half}" / file, nifti_bytes(volume.label, volume.affine))
+            classes[file] = list(volume.classes)
+    content = cohorts.dataset_json(folder.name, description, files, classes, people)
+    write_atomically(folder / "dataset.json", content)
 
 
-def number_of(person: str) -> int:
-    """A number for a person's name: always the same, and hardly ever that of another one."""
-    return int(hashlib.sha256(person.encode()).hexdigest()[:12], 16)
-
-
-def write_volume(path: Path, array: NDArray[Any], affine: NDArray[np.float64]) -> None:
-    """Write a ``.nii.gz``, images in 16 bits; equal arrays give equal bytes.
+def _on_grid(
+    report: Report,
+    site: str,
+    split: Sequence[tuple[Reading, str]],
+    settings: Settings,
+    progress: Progress | None,
+    centred: bool,
+    find: Finder | None,
+) -> Iterator[tuple[Entry, Crop | None]]:
+    """The volumes of a site on the common grid, and where they were cut.
 
     Raises:
-        OSError: it cannot be written; names the file.
+        VolumeError: the first error that the report gets; a label that the grid does not hold.
     """
-    image = nib.Nifti1Image(array, affine)
-    if array.dtype != np.uint8:
-        image.set_data_dtype(np.int16)  # nibabel scales
-    image.header.set_xyzt_units("mm")
-    write_atomically(path, gzip.compress(image.to_bytes(), 1, mtime=0))
-
-
-def _prepare_site(
-    source: Path, target: Path, name: str, settings: Settings, seed: int, progress: Callable[[str], None] | None
-) -> tuple[str, list[Finding]]:
-    """Writes one site; returns its part of the preview page, and what was cut off."""
-    layout = readers.layout(source) or ""
     spacing, shape = settings.grid_spacing_mm, settings.grid_shape
-    pictures: list[str] = []
-    warnings: list[Finding] = []
+    for reading, part in split:
+        loaded = _inspect(report, site, reading, progress)
+        _stop(report)
+        assert loaded is not None  # else there was an error
+        image, label, affine = loaded
+        assert image is not None  # or WITHOUT_IMAGES, which is an error, too
+        extent, held = transforms.extent_mm(image.shape, affine), np.array(shape) * spacing
+        place, way = None, "the middle of its field of view"
+        if centred:
+            pass
+        elif label is not None:
+            marked = np.argwhere(label)
+            place = nib.affines.apply_affine(affine, (marked.min(axis=0) + marked.max(axis=0)) / 2)
+            way = "its label"
+        elif (extent > MUCH_LARGER * held).any():
+            place = segment.locate_joint(image, affine, *find()) if find is not None else None
+            if place is not None:
+                way = "the joint that the network found"
+            else:
+                why = "no network looked for the joint" if find is None else "the network sees no cartilage in it"
+                text = f"{reading.path}: larger than the common grid, and {why}: cut round its middle. Look at it."
+                report.findings.append(Finding("warning", text))
+        grid, grid_affine = transforms.to_grid(image, affine, spacing, shape, centre_mm=place)
+        drawn = None
+        if label is not None:
+            if lost := _share_outside(label, affine, grid_affine, shape):
+                text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid"
+                if lost > MOST_OUTSIDE:
+                    raise VolumeError(f"{text}. Is all of the label cartilage, and the spacing in the header right?")
+                report.findings.append(Finding("warning", f"{text}, and is cut off."))
+            drawn = transforms.label_to_grid(label, affine, spacing, shape, place).numpy().astype(np.uint8)
+        crop = None
+        if (extent > held + spacing).any():
+            middle = nib.affines.apply_affine(grid_affine, (np.array(shape) - 1) / 2)
+            off = np.linalg.norm(middle - nib.affines.apply_affine(affine, (np.array(image.shape) - 1) / 2))
+            crop = Crop(reading.name, way, (float(middle[0]), float(middle[1]), float(middle[2])), float(off))
+        yield Entry(reading.name, part, reading.subject, grid.numpy(), drawn, grid_affine, reading.classes), crop
 
-    def on_grid() -> Iterator[Entry]:
-        for reading, split in split_by_person(readers.read_set(source), source, seed):
-            if progress is not None:
-                progress(f"{name}: {reading.name}")
-            image, label, affine = load_checked(reading, layout)
-            if image is None:
-                raise VolumeError(
-                    f"{reading.path}: a label without an image. Make images for these labels with `simulate` first."
-                )
-            grid, place = transforms.to_grid(image, affine, spacing, shape)
-            drawn = None
-            if label is not None:
-                if lost := _share_outside(label, affine, place, shape):
-                    text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid; "
-                    text += "crop the volume to the joint."
-                    if lost > MOST_OUTSIDE:
-                        raise VolumeError(text)
-                    warnings.append(Finding("warning", text))
-                drawn = transforms.label_to_grid(label, affine, spacing, shape).numpy().astype(np.uint8)
-                if len(pictures) < SHOWN:
-                    pictures.append(_picture(reading.name, grid.numpy(), drawn, spacing))
-            yield Entry(reading.name, split, reading.subject, grid.numpy(), drawn, place, reading.classes)
 
-    counts = write_site(target, f"{layout}, {shape} voxels of {spacing} mm", on_grid())
-    words = ", ".join(f"{count} {split}" for split, count in counts.items())
-    notes = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in warnings)
-    return f"<h1>{html.escape(name)}</h1><p>{html.escape(layout)}: {words}</p>{notes}" + "".join(pictures), warnings
+def _write_prepared(
+    target: Path, layout: str, volumes: Iterable[tuple[Entry, Crop | None]], settings: Settings
+) -> tuple[list[Crop], str]:
+    """Writes one site; returns where its volumes were cut, and its part of the preview page."""
+    crops: list[Crop] = []
+    pictures: dict[bool, list[str]] = {True: [], False: []}  # with and without a label
+
+    def watched() -> Iterator[Entry]:
+        for entry, crop in volumes:
+            crops.extend([] if crop is None else [crop])
+            shown = pictures[entry.label is not None]
+            if len(shown) < SHOWN:
+                title = entry.name if crop is None else f"{entry.name}, {crop.text}"
+                shown.append(_picture(title, entry.image, entry.label, settings.grid_spacing_mm))
+            yield entry
+
+    size = f"{by_axis(settings.grid_shape)} voxels of {by_axis(settings.grid_spacing_mm)} mm"
+    write_site(target, f"{layout}, {size}", watched())
+    lines = "".join(f"<li>{html.escape(f'{crop.name}: {crop.text}')}</li>" for crop in crops)
+    words = f"{layout}: {cohorts.open_site(target).counts}; {size}"
+    page = f"<h1>{html.escape(target.name)}</h1><p>{html.escape(words)}</p><ul>{lines}</ul>"
+    return crops, page + "".join(pictures[True] + pictures[False])
 
 
 def _share_outside(
@@ -470,16 +545,21 @@ def _share_outside(
 def split_by_person(found: Sequence[Reading], source: Path, seed: int) -> list[tuple[Reading, str]]:
     """Every reading with its split; nobody is in two of them, and a client has all three.
 
-    Unlabelled volumes go to training; those of a person who validates or tests are left out.
+    Whom the set holds out for validation or test stays held out with all volumes. Unlabelled volumes of the others are
+    training data; those of people who validate or test are left out.
 
     Raises:
         VolumeError: fewer labelled people than splits that have to be filled.
     """
-    labelled = [reading for reading in found if reading.classes]
-    place = {reading.subject: reading.split or "training" for reading in labelled}
-    free = sorted(subject for subject, split in place.items() if split == "training")
+    strictness = ("training", *HELD_OUT)
+    place: dict[str, str] = {}
+    for reading in found:
+        parts = place.get(reading.subject, "training"), reading.split or "training"
+        place[reading.subject] = max(parts, key=strictness.index)
+    labelled = {reading.subject for reading in found if reading.classes}
+    free = sorted(subject for subject in labelled if place[subject] == "training")
     free = [free[i] for i in np.random.default_rng(seed).permutation(len(free))]
-    wanted = [split for split in ("test", "validation") if split not in place.values()]
+    wanted = [split for split in ("test", "validation") if split not in {place[subject] for subject in labelled}]
     if labelled and len(free) <= len(wanted):
         raise VolumeError(
             f"{source}: {len(free)} people with labels are too few to train, validate and test on. Label at least "
@@ -488,12 +568,14 @@ def split_by_person(found: Sequence[Reading], source: Path, seed: int) -> list[t
     count = max(len(free) // 5, 1)
     for k, split in enumerate(wanted):
         place |= dict.fromkeys(free[k * count : (k + 1) * count], split)
-    split_of = [(reading, place.get(reading.subject, "training")) for reading in found]
+    split_of = [(reading, place[reading.subject]) for reading in found]
     return [(reading, split) for reading, split in split_of if reading.classes or split == "training"]
 
 
-def _picture(name: str, image: NDArray[np.float32], label: NDArray[np.uint8], spacing_mm: Sequence[float]) -> str:
-    figure, alt = figures.montage(image, spacing_mm, label, 12, name)
+def _picture(
+    title: str, image: NDArray[np.float32], label: NDArray[np.uint8] | None, spacing_mm: Sequence[float]
+) -> str:
+    figure, alt = figures.montage(image, spacing_mm, label, 12, title)
     code = base64.b64encode(figures.png(figure)).decode()
     return f'<img width=100% alt="{html.escape(alt)}" src="data:image/png;base64,{code}">'
 

@@ -72,7 +72,7 @@ class LabelledBatches:
     steps: int
     seed: int
     augmentation: Augmentation | None = transforms.augment
-    classes: Sequence[int] | Sequence[Sequence[int]] | None = None  # labelled ones: of all volumes, or of each
+    classes: Sequence[tuple[int, ...]] | None = None  # that the source of each volume labelled; None: all
 
     def __post_init__(self) -> None:
         if len(self.images) == 0 or len(self.images) != len(self.labels):
@@ -91,13 +91,9 @@ class LabelledBatches:
 
     def classes_of(self, step: int) -> tuple[int, ...] | tuple[tuple[int, ...], ...] | None:
         """The classes that the sources of a batch labelled: one tuple for all, or one per volume where they differ."""
-        if self.classes is None:
-            return None
-        flat = tuple(entry for entry in self.classes if not isinstance(entry, Sequence))
-        if len(flat) == len(self.classes):
-            return flat
-        own = [tuple(entry) for entry in self.classes if isinstance(entry, Sequence)]
-        return own[0] if len(set(own)) == 1 else tuple(own[number] for number in self.order[step].tolist())
+        if self.classes is None or len(set(self.classes)) == 1:
+            return self.classes[0] if self.classes else None
+        return tuple(self.classes[number] for number in self.order[step].tolist())
 
 
 @dataclass
@@ -190,7 +186,7 @@ def train_supervised(
     learning_rate: float,
     weight_decay: float,
     seed: int,
-    labelled_classes: losses.LabelledClasses = None,
+    labelled_classes: Sequence[tuple[int, ...]] | None = None,
     validation: Sequence[Case] = (),
     validate_every: int = 50,
     augmentation: Augmentation | None = transforms.augment,
@@ -205,7 +201,7 @@ def train_supervised(
     Args:
         images: (L, 1, D, H, W) z-scored.
         labels: (L, D, H, W).
-        labelled_classes: that the source of these labels drew: of all volumes, or one entry per volume.
+        labelled_classes: that the source of each volume drew; None: all.
         validation: cases that choose the weights; without any, the last ones stay.
 
     Raises:

@@ -8,8 +8,9 @@ average (point sampling would alias thin cartilage away), where it is finer it i
 
 from __future__ import annotations
 
+import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,23 @@ from numpy.typing import NDArray
 from fedkd_utils.cohorts import Item, Site
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 
+#: How far the corner of a label may lie from that of its image: headers round.
+SAME_PLACE_MM = 0.1
+
 
 class VolumeError(ValueError):
     """A volume that cannot be used; the message names the file, the fault and the remedy."""
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, at most some lines of a terminal long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 600 else text[:597] + "..."
+
+
+def by_axis(values: Iterable[float]) -> str:
+    """One number per axis, as a person reads them: ``0.36 x 0.36 x 0.7``."""
+    return " x ".join(f"{value:g}" for value in values)
 
 
 def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -35,55 +50,129 @@ def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float
 
     Raises:
         FileNotFoundError: there is no such file.
-        VolumeError: damaged, not three-dimensional, colour or complex, NaN or infinite voxels, singular affine.
+        VolumeError: damaged or of wrong checksum, no spacing or orientation in the header, not three-dimensional,
+            colour or complex, NaN or infinite voxels, singular affine; one line.
     """
+    voxels, affine, _ = read_nifti(path)
+    return voxels, affine
+
+
+def read_nifti(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64], nib.Nifti1Header]:
+    """:func:`read_volume`, and the header as it is on disk. The one place where a NIfTI volume is read."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such file. Check the path; a cohort is made by `python -m fedkd_utils cohort`."
         )
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise VolumeError(f"{path}: not a .nii or .nii.gz file. Convert the series, for example with dcm2niix.")
     try:
-        image: Any = nib.load(path)
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.name.endswith(".gz") else content  # also checks its checksum
+        second = content[:4] in (b"\x1c\2\0\0", b"\0\0\2\x1c")
+        header = (nib.Nifti2Header if second else nib.Nifti1Header)(content[: 540 if second else 348], check=False)
+        _check_header(header, path)  # before nibabel mends a spacing of 0
+        image: Any = (nib.Nifti2Image if second else nib.Nifti1Image).from_bytes(content)
+        needed = int(image.dataobj.offset) + math.prod(image.shape) * image.get_data_dtype().itemsize
+        if len(content) < needed:  # before room is made for what a damaged header claims
+            raise ValueError(f"{len(content)} bytes instead of {needed}")
         raw = np.asanyarray(image.dataobj)
+    except VolumeError:
+        raise
     except Exception as error:  # nibabel, gzip and zlib raise many kinds for a damaged file
-        raise VolumeError(f"{path}: damaged or not a NIfTI file ({error}). Copy or export it again.") from error
-    if raw.dtype.names is not None or np.iscomplexobj(raw):
+        raise VolumeError(
+            f"{path}: damaged or not a NIfTI file ({one_line(error)}). Copy or export it again."
+        ) from error
+    affine = np.asarray(image.affine, dtype=np.float64)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or sizes.min() <= 1e-3 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
+        raise VolumeError(
+            f"{path}: the affine is singular (voxel sizes {by_axis(sizes)} mm). Repair the header's sform/qform."
+        )
+    return checked_voxels(raw, path), affine, header
+
+
+def checked_voxels(raw: NDArray[Any], path: Path) -> NDArray[np.float32]:
+    """The voxels of one volume as float32 (X, Y, Z); further axes of length 1 are dropped.
+
+    Raises:
+        VolumeError: not three-dimensional, colour or complex, NaN or infinite voxels.
+    """
+    if raw.dtype.kind not in "iufb":
         raise VolumeError(f"{path}: colour or complex voxels. Export a magnitude image with one value per voxel.")
     while raw.ndim > 3 and raw.shape[-1] == 1:
         raw = raw[..., 0]
     if raw.ndim != 3 or min(raw.shape) < 2:
         raise VolumeError(f"{path}: shape {raw.shape} is not a 3D volume. Split a series into single volumes first.")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or sizes.min() <= 1e-3 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
-        raise VolumeError(
-            f"{path}: the affine is singular (voxel sizes {sizes.round(4)} mm). Repair the header's sform/qform."
-        )
-    voxels = raw.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused
+        voxels = raw.astype(np.float32)
     if not np.isfinite(voxels).all():
         raise VolumeError(
             f"{path}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite. Mask or export again."
         )
-    return voxels, affine
+    return voxels
+
+
+def _check_header(header: nib.Nifti1Header, path: Path) -> None:
+    """Refuse a header without a spacing or an orientation."""
+    spacing = np.asarray(header["pixdim"][1:4], dtype=float)
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise VolumeError(
+            f"{path}: the spacing in its header is {by_axis(spacing)}, not three positive numbers. "
+            "Convert the original series again."
+        )
+    if int(header["qform_code"]) <= 0 and int(header["sform_code"]) <= 0:
+        raise VolumeError(
+            f"{path}: its header has no orientation (qform and sform code 0), so up and down are unknown. "
+            "Convert the original series again."
+        )
+
+
+def refuse_constant(image: NDArray[np.float32], path: Path) -> None:
+    """Refuse a volume without an image in it (:class:`VolumeError`)."""
+    if image.min() == image.max():
+        raise VolumeError(f"{path}: all voxels are {image.min():g}, there is no image in it. Export it again.")
+
+
+def refuse_other_grid(
+    label: tuple[tuple[int, ...], NDArray[np.float64]],
+    image: tuple[tuple[int, ...], NDArray[np.float64]],
+    label_path: str | Path,
+    image_path: str | Path,
+) -> None:
+    """Refuse a label that does not lie on the voxels of its image.
+
+    Args:
+        label, image: shape, and affine (4, 4) voxel index to RAS mm.
+
+    Raises:
+        VolumeError: another shape, or a corner more than 0.1 mm away from the image's; names both files.
+    """
+    if tuple(label[0]) != tuple(image[0]):
+        raise VolumeError(
+            f"{label_path}: another grid than its image {image_path}: shape {tuple(label[0])}, but the image has "
+            f"{tuple(image[0])}. Pair the right files."
+        )
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image[0]])).reshape(3, -1).T
+    places = [nib.affines.apply_affine(affine, corners) for _, affine in (label, image)]
+    apart = float(np.linalg.norm(places[0] - places[1], axis=1).max())
+    if not apart < SAME_PLACE_MM:
+        raise VolumeError(
+            f"{label_path}: another grid than its image {image_path}: up to {apart:.3g} mm away from it. Pair the "
+            "right files, or resample the label to the image."
+        )
 
 
 def read_label(
     path: str | Path, image_path: str | Path, shape: tuple[int, ...], affine: NDArray[np.float64]
 ) -> NDArray[np.uint8]:
-    """Read the label of an image: same shape, same affine, values 0 to 3 only.
+    """Read the label of an image: on the grid of the image, values 0 to 3 only.
 
     Raises:
-        VolumeError: another shape or place than the image, or a value that is not a class; names both files.
+        VolumeError: see :func:`read_volume`, :func:`refuse_other_grid`; or a value that is not a class.
     """
     voxels, label_affine = read_volume(path)
-    if voxels.shape != tuple(shape):
-        raise VolumeError(
-            f"{path}: shape {voxels.shape}, but its image {image_path} has {tuple(shape)}. Pair the right files."
-        )
-    if not np.allclose(label_affine, affine, atol=1e-2):
-        raise VolumeError(
-            f"{path}: its affine differs from that of its image {image_path}. Resample the label to the image."
-        )
+    refuse_other_grid((voxels.shape, label_affine), (tuple(shape), affine), path, image_path)
     values = np.unique(voxels)
     unknown = [float(v) for v in values if v not in range(len(CLASS_NAMES))]
     if unknown:
@@ -91,6 +180,12 @@ def read_label(
             f"{path}: unknown label values {unknown[:5]}; expected 0 background, 1 femoral, 2 tibial, 3 patellar."
         )
     return voxels.astype(np.uint8)
+
+
+def middle_mm(mask: NDArray[np.bool_], affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean place of a mask in RAS mm; NaN of an empty one, which is neither above nor below anything."""
+    found = np.argwhere(mask)
+    return np.asarray(nib.affines.apply_affine(affine, found.mean(axis=0) if len(found) else np.full(3, np.nan)))
 
 
 def to_ras(array: NDArray[np.generic], affine: NDArray[np.float64]) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
@@ -104,6 +199,14 @@ def voxel_sizes_mm(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     """Voxel sizes in mm along the array axes: the lengths of the columns of the affine."""
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
     return float(x), float(y), float(z)
+
+
+def extent_mm(shape: Sequence[int], affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far a volume stored in any orientation reaches along the axes nearest to RAS, in mm (3,), edge to edge."""
+    along = nib.orientations.io_orientation(affine)[:, 0].astype(int)
+    out = np.zeros(3)
+    out[along] = np.asarray(voxel_sizes_mm(affine)) * np.asarray(shape)
+    return out
 
 
 def axis_weights(n_in: int, n_out: int, ratio: float, shift: float = 0.0) -> torch.Tensor:
@@ -143,8 +246,9 @@ def to_grid(
     spacing_mm: tuple[float, float, float],
     shape: tuple[int, int, int] | None = None,
     fill: float | None = None,
+    centre_mm: NDArray[np.float64] | None = None,
 ) -> tuple[torch.Tensor, NDArray[np.float64]]:
-    """Bring an image to RAS order at a spacing, around the centre of its field of view.
+    """Bring an image to RAS order at a spacing, around the middle of its field of view or another place.
 
     Args:
         array: (X, Y, Z) voxels in any orientation.
@@ -152,6 +256,8 @@ def to_grid(
         spacing_mm: target voxel sizes.
         shape: target shape; the whole field of view when not given.
         fill: value beyond the image; its smallest value when not given.
+        centre_mm: where the middle of the grid shall lie, in RAS mm. Where the field of view is larger than the grid,
+            the grid stays inside it; where it is not, it lies round the middle.
 
     Returns:
         float32 tensor (D, H, W) and the affine of the grid.
@@ -161,13 +267,18 @@ def to_grid(
     if shape is None:
         d, h, w = (max(round(n * s / t), 2) for n, s, t in zip(turned.shape, sizes, spacing_mm, strict=True))
         shape = (d, h, w)
-    weights = [axis_weights(n, m, t / s) for n, m, s, t in zip(turned.shape, shape, sizes, spacing_mm, strict=True)]
+    step = np.asarray(spacing_mm) / np.asarray(sizes)
+    spare = np.maximum((np.asarray(turned.shape) - step * np.asarray(shape)) / 2, 0)  # source voxels on either side
+    middle = (np.asarray(turned.shape) - 1) / 2
+    shift = np.zeros(3)
+    if centre_mm is not None:
+        shift = np.clip(nib.affines.apply_affine(np.linalg.inv(ras), centre_mm) - middle, -spare, spare)
+    weights = [axis_weights(*one) for one in zip(turned.shape, shape, step.tolist(), shift.tolist(), strict=True)]
     x = torch.from_numpy(turned)
     low = float(x.min()) if fill is None else fill
     cover = torch.einsum("d,h,w->dhw", *[w.sum(dim=1) for w in weights])
     grid = resample(x - low, weights) / cover.clamp(min=0.25) + low
-    step = np.asarray(spacing_mm) / np.asarray(sizes)
-    start = (np.asarray(turned.shape) - 1) / 2 - step * (np.asarray(shape) - 1) / 2
+    start = middle + shift - step * (np.asarray(shape) - 1) / 2
     grid_affine = ras @ np.vstack([np.column_stack([np.diag(step), start]), [0, 0, 0, 1]])
     return grid.float(), grid_affine
 
@@ -177,10 +288,11 @@ def label_to_grid(
     affine: NDArray[np.float64],
     spacing_mm: tuple[float, float, float],
     shape: tuple[int, int, int] | None = None,
+    centre_mm: NDArray[np.float64] | None = None,
 ) -> torch.Tensor:
-    """Bring a label map to the grid: the share of every class is resampled like an image, the largest share wins."""
+    """Bring a label map to the grid of :func:`to_grid`: every class's share is resampled, the largest share wins."""
     shares = [
-        to_grid((label == c).astype(np.float32), affine, spacing_mm, shape, fill=0.0)[0]
+        to_grid((label == c).astype(np.float32), affine, spacing_mm, shape, 0.0, centre_mm)[0]
         for c in range(1, len(CLASS_NAMES))
     ]
     stack = torch.stack(shares)
@@ -249,8 +361,7 @@ def load_case(item: Item, settings: Settings) -> Case:
         FileNotFoundError, VolumeError: see :func:`read_volume` and :func:`read_label`; also a constant image.
     """
     voxels, affine = read_volume(item.image)
-    if np.ptp(voxels) == 0:
-        raise VolumeError(f"{item.image}: all voxels have the same value. Export the volume again.")
+    refuse_constant(voxels, item.image)
     grid, grid_affine = to_grid(voxels, affine, settings.grid_spacing_mm, settings.grid_shape)
     native = label = None
     if item.label is not None:

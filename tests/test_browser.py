@@ -55,18 +55,15 @@ def write(folder):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    try:
-        browser.find_browser()
-    except browser.NoBrowser as error:
-        pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("lab")
+def lab(browser_page, tmp_path_factory):
+    (page, errors), folder = browser_page, tmp_path_factory.mktemp("lab")
     write(folder)
     browser.write_notebook(folder / "see.ipynb", CELLS)
-    with browser.jupyter_lab(folder) as address, browser.page_of() as (page, errors):
+    with browser.jupyter_lab(folder) as address:
         browser.open_and_run(page, address, "see.ipynb", cells=6)
         page.wait_for_function("() => document.querySelectorAll('.fedkd-viewer canvas').length === 3 + 12 + 4")
         yield Lab(page, errors, folder, address)
+        page.goto("about:blank")  # a server waits for the pages it serves
 
 
 class Lab:

@@ -447,6 +447,30 @@ def test_unlabelled_only_and_test_only_sites_open(own: Path) -> None:
     assert [len(getattr(cohorts.open_site(own), s)) for s in SPLITS] == [0, 0, 0, 1]
 
 
+def test_what_a_site_holds_out_is_never_trained_on(own: Path) -> None:
+    """Named for validation or test, or in imagesTs: with a label it is scored, without one it is left out."""
+    for name in ("e", "f", "g"):
+        volume(own / "imagesTr" / f"{name}_0000.nii.gz")
+    volume(own / "imagesTs" / "h_0000.nii.gz")
+    volume(own / "labelsTr" / "g.nii.gz")
+    facts = {
+        "validation": ["imagesTr/b_0000.nii.gz", {"image": "./imagesTr/e.nii.gz"}],
+        "test": ["./imagesTr/f.nii.gz", {"image": "./imagesTr/g.nii.gz", "label": "./labelsTr/g.nii.gz"}],
+    }
+    (own / "dataset.json").write_text(json.dumps(facts))
+    site = cohorts.open_site(own)
+    assert [[i.name for i in getattr(site, s)] for s in SPLITS] == [["a"], ["c"], ["b"], ["g", "d"]]
+    assert [i.name for i in site.left_out] == ["e", "f", "h"] and not {i.name for i in site.items} & {"e", "f", "h"}
+    assert site.counts == "1 training, 1 unlabelled, 1 validation, 2 test"
+
+
+def test_people_and_so_splits_do_not_depend_on_where_a_folder_lies(own: Path, tmp_path: Path) -> None:
+    before = [i.subject for i in cohorts.open_site(own).items]
+    (tmp_path / "elsewhere").mkdir()
+    moved = own.rename(tmp_path / "elsewhere" / own.name)
+    assert [i.subject for i in cohorts.open_site(moved).items] == before
+
+
 def test_hidden_files_of_a_mac_are_not_volumes(own: Path) -> None:
     (own / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"resource fork")
     assert len(cohorts.open_site(own).items) == 4
@@ -467,6 +491,10 @@ def test_site_without_any_volume_is_refused(tmp_path: Path) -> None:
         ({"labelled_classes": [1, 9]}, r"labelled_classes is \[1, 9\]"),
         ({"labelled_classes": []}, "labelled_classes"),
         ({"labelled_classes": 3}, "must be a list of numbers"),
+        ({"labelled_classes": {"a": [1, 2], "B.nii.gz": [1]}}, "labelled_classes names B, but no image is called so"),
+        ({"labelled_classes": {"a": ["femural"]}}, "labelled_classes must be a list of numbers"),
+        ({"labelled_classes": {"a": [1, 2, 5]}}, r"labelled_classes is \[1, 2, 5\]"),
+        ({"subjects": {"patient_a.nii.gz": 1}}, "subjects names patient_a, but no image is called so"),
         ({"subjects": {"a.nii.gz": "P1"}}, "subjects file name -> number"),
         ({"subjects": ["a.nii.gz"]}, "subjects file name -> number"),
         ([], "no JSON object"),

@@ -11,9 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import TINY
+from tiny import TINY, blobs
 
-from fedkd_utils import cohorts, experiments, federation, networks, provenance, shares, training, transforms
+from fedkd_utils import (
+    cohorts,
+    experiments,
+    federation,
+    metrics,
+    networks,
+    provenance,
+    shares,
+    teacher,
+    training,
+    transforms,
+)
+from fedkd_utils.acquisition import Scan, Scanner
 from fedkd_utils.experiments import Result
 from fedkd_utils.methods import ROWS
 
@@ -239,3 +251,46 @@ def test_bad_requests_say_what_to_do(cache: Path) -> None:
         experiments.comparison_table([])
     with pytest.raises(FileNotFoundError):
         experiments.read_result(cache / "none.json")
+
+
+@pytest.mark.parametrize("blind", ["repository_dess", "random"])
+def test_the_few_labels_choose_the_teacher_and_both_are_paid_for(
+    blind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the two repositories sees the clinics' boxes as holes."""
+    original = cohorts.make_repository
+
+    def inverted(subject: int, scanner: Scanner, scan_seed: int) -> Scan:
+        scan = blobs(subject, scanner, scan_seed)
+        return replace(scan, image=scan.image.max() - scan.image)
+
+    def make(settings: Any, contrast: str = "repository_dess", **more: Any) -> Any:
+        return original(settings, contrast, **{**more, **({"scan": inverted} if contrast == blind else {})})
+
+    monkeypatch.setattr(cohorts, "make_repository", make)
+    settings = replace(TINY, teacher_steps=60)
+    result = run("chosen_finetune", tmp_path, settings=settings)
+    cohort = cohorts.make_cohort(TINY, "paper_like", root=tmp_path)
+    sites = experiments.load_clients(shares.share(cohort, TINY, 0), TINY)
+    scores = {}
+    for contrast in ("repository_dess", "random"):
+        one = teacher.teacher_on(cohorts.make_repository(settings, contrast, root=tmp_path), settings, root=tmp_path)
+        cases = [
+            [
+                metrics.dice(p == c, y == c)
+                for c in (1, 2, 3)
+                for p, y in zip(
+                    training.predict_probabilities(one.network, site.labelled_images).argmax(dim=1).numpy(),
+                    site.labels.numpy(),
+                    strict=True,
+                )
+            ]
+            for site in sites
+        ]
+        scores[contrast] = np.mean(cases)
+        chosen = provenance.state_hash(one.network.state_dict()) == result.teacher["weights_sha256"]
+        assert chosen == (contrast != blind)
+    assert scores[blind] < min(score for contrast, score in scores.items() if contrast != blind)
+    down = pd.DataFrame(result.messages).query("round == 0 and direction == 'down'")
+    assert sorted(down["what"]) == ["teacher"] * 2 + ["teacher not chosen"] * 2
+    assert down["bytes"].nunique() == 1

@@ -150,7 +150,7 @@ def test_one_client_equals_plain_training_bit_by_bit() -> None:
         learning_rate=once.learning_rate,
         weight_decay=once.weight_decay,
         seed=seed_of(7, "client", SITES[0].name, 1),
-        labelled_classes=(1, 2, 3),
+        labelled_classes=SITES[0].classes_by_volume,
     )
     assert equal(result.models["south"], networks.copy_state(network))
 
@@ -261,7 +261,8 @@ def test_the_model_is_the_best_on_validation(row: str) -> None:
     sites = SITES[:1] if method.pooled else SITES
     for one in sites:
         own = history[history["client"] == one.name].set_index("round")["validation"]
-        scores = by_round if method.federated or method.objective is None else own
+        together = (method.federated and not method.ends_alone) or method.objective is None
+        scores = by_round if together else own
         assert result.best_round[one.name] == scores.idxmax()  # the first of equals
         network = networks.build_student(method.adapt(TINY), 0)
         networks.load_state(network, result.models[one.name])
@@ -287,6 +288,9 @@ def test_the_ledger_counts_every_tensor_once_per_message() -> None:
         "local_only": (0, 0),
         "local_uamt": (0, 0),
         "pooled": (0, 0),
+        "finetune_local": (teachers, 0),
+        "finetune_random_local": (teachers, 0),
+        "chosen_finetune": ((rounds // 2 + 1) * clients * model, rounds // 2 * clients * model),
     }
     for row, method in ROWS.items():
         ledger = undisturbed(row).ledger
@@ -513,6 +517,58 @@ def test_a_small_student_learns_but_cannot_start_at_the_teacher() -> None:
         run("dual_kd", settings=small, teacher_update=TeacherUpdate("hand_over", 1, 0.5))
     with pytest.raises(ValueError, match="student_shrink 3 does not divide"):
         networks.build_student(replace(TINY, student_shrink=3), 0)
+
+
+def test_a_row_that_ends_alone_is_finetuning_first_and_each_client_by_itself_then() -> None:
+    four = replace(TINY, rounds=4)
+    together, apart = run("finetune", settings=four), run("chosen_finetune", settings=four)
+    assert numbers(together)[: 2 * len(SITES)] == numbers(apart)[: 2 * len(SITES)]  # two rounds of three clients
+    half = run("finetune", settings=four, folder=None)
+    sent = apart.ledger.frame()
+    assert set(sent.loc[sent["direction"] == "up", "round"]) == {1, 2}
+    assert apart.ledger.total("up") * 2 == half.ledger.total("up")
+    # The third and fourth round of each client, by hand, from the average of the second.
+    updates: dict[str, State] = {}
+    shared = networks.copy_state(TEACHER)
+    for number in (1, 2):
+        sent_up = [clients.client_update(shared, s, ROWS["finetune"], four, number, 0, teacher=TEACHER) for s in SITES]
+        shared = server.server_step(shared, sent_up)
+    for one in SITES:
+        own, scores = shared, {}
+        for number in (3, 4):
+            own = clients.client_update(own, one, ROWS["finetune"], four, number, 0, teacher=TEACHER).state
+            network = networks.build_network(four, 0)
+            networks.load_state(network, own)
+            scores[number] = training.validate(network, one.validation)
+            updates[f"{one.name} {number}"] = own
+        logged = apart.history[(apart.history["client"] == one.name) & (apart.history["round"] > 2)]
+        assert dict(zip(logged["round"], logged["validation"], strict=True)) == scores
+        if apart.best_round[one.name] > 2:
+            assert equal(apart.models[one.name], updates[f"{one.name} {apart.best_round[one.name]}"])
+
+
+def test_what_would_not_do_what_it_says_is_refused_before_training() -> None:
+    refused = [
+        ("chosen_finetune", {"compression": "int8"}, "not in every round"),
+        ("local_only", {"clip_norm": 1.0}, "sends no update"),
+        ("fedavg", {"clip_norm": 0.0}, "clip_norm must be above 0"),
+        ("fedavg", {"clip_norm": 1.0, "noise_multiplier": -1.0}, "noise_multiplier at least 0"),
+        ("fedavg", {"noise_multiplier": 1.0}, "needs clip_norm"),
+        ("fedavg_bn", {"compression": "top_1"}, "Batch statistics must not"),
+        ("fedavg_bn", {"clip_norm": 1.0}, "Batch statistics must not"),
+        ("fedavg", {"compression": "zip"}, "no compression 'zip': choose one of half"),
+    ]
+    steps = 0
+
+    def count(done: int, note: str) -> None:
+        nonlocal steps
+        steps += done
+
+    for row, changes, text in refused:
+        with pytest.raises(ValueError, match=text):
+            run(row, settings=replace(TINY, **changes), progress=count)
+    assert steps == 0
+    run("fedbn", settings=replace(TINY, compression="int8"))  # its statistics stay at home
 
 
 def test_pooled_takes_one_site() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 import subprocess
 import tomllib
 from collections import Counter
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedkd_utils import rules
+from fedkd_utils import notebooks, rules
 from fedkd_utils.__main__ import _parser
 from fedkd_utils.settings import QUICK, SETTINGS_OF_CLIENTS
 
@@ -113,29 +114,75 @@ def test_threads_are_the_same_in_makefile_and_tests():
     assert makefile and tests and makefile[1] == tests[1]
 
 
+def course_map(text: str) -> list[tuple[str, str, str]]:
+    """The rows of a map of the course: (file, question, minutes); glossary links are taken off the words."""
+    words = re.sub(r"\[([^\]]*)\]\(glossary\.md[^)]*\)", r"\1", text)
+    return re.findall(r"^\| \[[^\]]+\]\((?:notebooks/)?(\d\d_\w+\.ipynb)\) \| (.+?) \| (\d+) \|$", words, re.M)
+
+
+def names_in_map(text: str) -> dict[str, str]:
+    """What a map of the course calls a notebook, by its file."""
+    return {file: name for name, file in re.findall(r"^\| \[([^\]]+)\]\((?:notebooks/)?([^)]+)\)", text, re.M)}
+
+
+def test_the_maps_of_the_course_agree_with_each_other_and_with_the_notebooks():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    books = {f"{name}.ipynb": notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb") for name in rules.NAMES}
+    inside = "\n".join(c.source for c in books["00_start_here.ipynb"].cells if c.cell_type == "markdown")
+    assert [row[0] for row in course_map(readme)] == list(books)
+    assert course_map(inside) == course_map(readme)[1:]  # notebook 00 leaves itself out
+    assert names_in_map(inside).items() <= names_in_map(readme).items()
+    for file, _, minutes in course_map(readme):
+        first = books[file].cells[0].source
+        number, title = re.match(r"# (\d\d) · (.+)", first).groups()
+        assert f"{number} {title}".lower().startswith(names_in_map(readme)[file]), file
+        assert rules.MINUTES.search(first)[1] == minutes, file
+
+
+#: What a name with a dot may end in without being a name of the package.
+DATA = r"json|csv|html|png|safetensors|gz"
+
+
+def code_in(text: str) -> list[str]:
+    """What a guide shows as code: each line of a fence, without its comment, and each span."""
+    fence = re.compile(r"^ *```\w*\n(.*?)^ *```$", re.M | re.S)
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for part in fence.findall(text) for line in part.splitlines()]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", fence.sub("", text))]
+    return [*filter(None, lines), *spans]
+
+
+def is_command(words: str) -> bool:
+    """Whether the command line takes these words."""
+    try:
+        _parser().parse_args(shlex.split(words.partition("fedkd_utils")[2]))
+    except SystemExit as error:
+        return error.code == 0  # --help
+    return True
+
+
 def untrue(text: str) -> list[str]:
-    """What a guide names that is not there: files, make targets, commands and options, names of the package."""
-    makefile, parser = (PROJECT / "Makefile").read_text(), _parser()
-    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    """What a guide names that is not there: files, make targets, commands with their options, names of the package."""
+    makefile, package = (PROJECT / "Makefile").read_text(), PROJECT / "fedkd_utils"
     found = []
-    for words in re.findall(r"`([^`]+)`", text.replace("```bash\n", "`").replace("```", "`")):
-        words = words.strip()
-        if make := re.match(r"make ([a-z]+)$", words):
-            there = re.search(rf"^{make[1]}:", makefile, re.M)
-        elif command := re.match(r"(?:\S*/)?python -m fedkd_utils (\w+)(.*)", words):
-            there = command[1] in commands and all(
-                option in commands[command[1]].format_help() for option in re.findall(r"--\w+", command[2])
-            )
+    for words in code_in(text):
+        if make := re.match(r"make ([a-z]+)(?!\S)", words):
+            there = bool(re.search(rf"^{make[1]}:", makefile, re.M))
+        elif re.match(r"(?:\S*/)?python -m fedkd_utils\b", words):
+            there = is_command(words)
         elif script := re.match(r"python (\S+\.py)$", words):
             there = (PROJECT / script[1]).is_file()
-        elif re.fullmatch(r"[\w.-]+(?:/[\w.-]*)+|\w+\.(?:md|toml|yml)", words) and "NN_" not in words:
-            there = (PROJECT / words).exists()
-        elif name := re.fullmatch(r"(\w+)\.(?!json$)(\w+)", words):
-            there = (PROJECT / "fedkd_utils" / f"{name[1]}.py").is_file() and hasattr(
+        elif re.fullmatch(r"\w+\.(?:py|js|css)", words):
+            there = (package / words).is_file()
+        elif re.fullmatch(r"(?:tests|notebooks|data|fedkd_utils)/[\w./-]*|\w+\.(?:md|toml|yml|cff)", words):
+            there = "NN_" in words or words.startswith("data/cache") or (PROJECT / words).exists()
+        elif module := re.fullmatch(r"fedkd_utils\.(\w+)", words):
+            there = (package / f"{module[1]}.py").is_file()
+        elif (name := re.fullmatch(r"(\w+)\.(\w+)", words)) and not re.fullmatch(DATA, name[2]):
+            there = (package / f"{name[1]}.py").is_file() and hasattr(
                 importlib.import_module(f"fedkd_utils.{name[1]}"), name[2]
             )
         elif re.fullmatch(r"[A-Z]{4,}", words):
-            there = any(f"\n{words}" in path.read_text() for path in (PROJECT / "fedkd_utils").glob("*.py"))
+            there = any(f"\n{words}" in path.read_text() for path in package.glob("*.py"))
         else:
             continue
         if not there:
@@ -143,22 +190,45 @@ def untrue(text: str) -> list[str]:
     return found
 
 
-def test_the_guide_names_what_is_there():
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "data/README.md"])
+def test_a_guide_names_what_is_there(name):
+    assert not untrue((PROJECT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", rules.NAMES)
+def test_the_commands_and_files_in_a_notebook_are_there(name):
+    cells = notebooks.read(notebooks.NOTEBOOKS / f"{name}.ipynb").cells
+    spans = [words for cell in cells if cell.cell_type == "markdown" for words in code_in(cell.source)]
+    assert not untrue("\n".join(f"`{words}`" for words in spans if re.search(r"^make |fedkd_utils|/", words)))
+
+
+def test_the_guide_tells_how_to_add_each_thing():
     text = (PROJECT / "CONTRIBUTING.md").read_text()
-    assert not untrue(text)
     for needed in ("make notebooks", "## A notebook", "## An exercise", "## A row", "## A dataset"):
         assert needed in text
     assert f"at most {rules.MAX_CODE_LINES} lines" in " ".join(text.split())
+    commands = [words for words in code_in(text) if re.search(r"fedkd_utils (?:tune|run|results|seconds)\b", words)]
+    assert commands and all("--profile reference" in words for words in commands)
 
 
 @pytest.mark.parametrize(
     "wrong",
     ["make gone", "python -m fedkd_utils gone", "python -m fedkd_utils pages --gone", "python tests/gone.py"]
-    + ["tests/gone.py", "GONE.md", "gone.NAMES", "rules.gone", "GONE"],
+    + ["python -m fedkd_utils run --profile gone", "python -m fedkd_utils segment", "make gone PIP_OPTIONS=x"]
+    + ["tests/gone.py", "GONE.md", "gone.py", "fedkd_utils.gone", "gone.NAMES", "rules.gone", "GONE"],
 )
 def test_a_guide_that_names_what_is_not_there_is_found(wrong):
     assert untrue(f"See `make test`, `rules.problems`, then `{wrong}`.") == [wrong]
-    assert untrue(f"```bash\n{wrong}\n```") == [wrong]
+    assert untrue(f"```bash\nmake test  # first\n{wrong}  # then\nmake lab\n```\n\n`rules.py`") == [wrong]
+    assert untrue(f"1. In a list:\n\n   ```bash\n   {wrong}\n   ```\n") == [wrong]
+
+
+def test_the_readme_lists_every_file_of_the_package_once():
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| `fedkd_utils/` | holds |") :].split("\n\n")[0]
+    listed = Counter(re.findall(r"`(\w+\.(?:py|js|css))`", table))
+    there = {path.name for path in (PROJECT / "fedkd_utils").iterdir() if path.suffix in (".py", ".js", ".css")}
+    assert listed == Counter(there - {"__init__.py"})
 
 
 def summaries() -> tuple[str, str]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from links import slug
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from fedkd_utils import glossary, rules
@@ -13,34 +14,17 @@ from fedkd_utils.notebooks import read
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER = PROJECT / "notebooks"
-PAGES = ("glossary.md", "notation.md")
 TERMS = glossary.read_terms(FOLDER)
-# Terms of notebooks that are still to come, by the number of the notebook. A notebook that is there must use them.
-AHEAD = {
-    "07": ("FedBN", "mean teacher", "pseudo-label", "Pareto front"),
-    "08": ("honest-but-curious", "membership inference", "AUC", "gradient inversion", "secure aggregation")
-    + ("differential privacy", "Rényi divergence", "half precision", "top-k", "error feedback"),
-    "10": ("DICOM", "marginal loss"),
-    "11": ("Flower", "TLS"),
-}
 # Abbreviations that whoever knows PyTorch knows; a licence, and names of data sets that a notebook lists.
-KNOWN = {"CPU", "GPU", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
+KNOWN = {"CPU", "GPU", "MB", "IT", "MONAI", "HTML", "JSON", "PNG", "CC", "BY", "IWOAI", "SKI10"}
 ABBREVIATION = re.compile(r"(?<![\w-])(?:[A-Z]{2,}[0-9]*|[A-Z][0-9]+)(?![\w-])")
 MATH = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", re.S)
-GREEK = re.compile(r"\\(alpha|beta|gamma|delta|varepsilon|epsilon|eta|lambda|mu|xi|pi|rho|sigma|tau|phi|theta|omega)\b")
+LETTERS = "alpha beta gamma delta varepsilon epsilon eta kappa lambda mu nu xi pi rho sigma tau phi theta omega Delta"
+GREEK = re.compile(rf"\\({LETTERS.replace(' ', '|')})(?![A-Za-z])")
 
 
 def notebooks():
     return [read(FOLDER / f"{name}.ipynb") for name in rules.NAMES]
-
-
-def slug(heading):
-    """What GitHub makes of a heading, after github-slugger: small letters, no punctuation, hyphens for spaces."""
-    return "".join("-" if c == " " else c for c in heading.lower() if c.isalnum() or c in " -_")
-
-
-def headings(text):
-    return re.findall(r"^#{1,6} (.+?) *$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
 
 
 def words_of(nb):
@@ -61,22 +45,6 @@ def test_each_entry_has_a_text_and_a_name_of_its_own():
         assert len(body) > 20 and body.endswith("."), section.splitlines()[0]
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.ipynb" for name in rules.NAMES), *PAGES])
-def test_links_and_anchors_lead_somewhere(name):
-    path = FOLDER / name
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        text = "\n\n".join(c.source for c in read(path).cells if c.cell_type == "markdown")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in target:
-            continue
-        file, _, anchor = target.partition("#")
-        assert (FOLDER / file).exists(), target
-        if anchor:
-            other = (FOLDER / file).read_text() if file else text
-            assert anchor in map(slug, headings(other)), target
-
-
 @pytest.mark.parametrize("name", rules.NAMES)
 def test_each_term_is_linked_at_its_first_use(name):
     assert not glossary.problems(read(FOLDER / f"{name}.ipynb"), TERMS), "run python -m fedkd_utils glossary"
@@ -90,24 +58,58 @@ def test_each_abbreviation_is_in_the_glossary(name):
 
 
 def test_no_term_is_unused():
-    here = {name[:2] for name in rules.NAMES}
-    coming = {title for number, titles in AHEAD.items() if number not in here for title in titles}
-    assert coming <= {term.title for term in TERMS}
-    assert set(glossary.unused(notebooks(), TERMS)) - coming == set()
+    assert not glossary.unused(notebooks(), TERMS)
 
 
-def test_the_notation_has_every_greek_letter_of_the_notebooks_and_every_name_is_in_the_code():
-    text = (FOLDER / "notation.md").read_text()
-    known = set(GREEK.findall(text))
+def symbols(latex: str) -> set[str]:
+    """The letters of a formula and its indices, without functions and words."""
+    latex = re.sub(r"\\(?:text|mathrm)\{[^}]*\}|_\{?(?:sup|resp|feat|max|global|ch)\b\}?|\bKL\b|\be\^", " ", latex)
+    return set(GREEK.findall(latex)) | set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", latex))
+
+
+def formulas(text: str) -> list[str]:
+    return [a or b for a, b in MATH.findall(text)]
+
+
+def notation() -> list[list[str]]:
+    """The rows of the notation: symbol, meaning, unit, names in the code, notebooks."""
+    lines = (FOLDER / "notation.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| $")]
+
+
+def test_each_symbol_of_a_notebook_is_in_the_notation_with_that_notebook_and_no_other_is():
+    rows = notation()
+    assert {len(row) for row in rows} == {5}
     for name, nb in zip(rules.NAMES, notebooks(), strict=True):
-        math = " ".join(a or b for c in nb.cells if c.cell_type == "markdown" for a, b in MATH.findall(c.source))
-        assert set(GREEK.findall(math)) <= known, name
+        used = set[str]().union(
+            *(symbols(f) for c in nb.cells if c.cell_type == "markdown" for f in formulas(c.source))
+        )
+        here = [row for row in rows if name[:2] in row[4].split(", ")]
+        known = set[str]().union(*(symbols(f) for row in here for f in formulas(f"{row[0]} {row[1]}")))
+        assert used <= known, name
+        named = set[str]().union(*(symbols(f) for row in here for f in formulas(row[0])))
+        assert named <= used, name
+    known = {*(name[:2] for name in rules.NAMES), "shapes"}
+    assert all(set(row[4].split(", ")) <= known for row in rows)
+
+
+def test_the_notation_explains_a_symbol_once_a_notebook_and_group():
+    for group in (FOLDER / "notation.md").read_text().split("\n## ")[1:]:
+        rows = [line.strip("| ").split(" | ") for line in group.splitlines() if line.startswith("| $")]
+        found = [(f, where) for row in rows for f in formulas(row[0]) for where in row[-1].split(", ")]
+        assert len(found) == len(set(found)), group.splitlines()[0]
+
+
+def test_every_name_of_the_notation_is_in_the_code():
     code = "\n".join(p.read_text() for p in (PROJECT / "fedkd_utils").glob("*.py"))
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| $")]
-    assert len(rows) > 25 and {len(row) for row in rows} == {6}
-    for row in rows:
-        for name in re.findall(r"`(\w+)`", row[4]):
-            assert re.search(rf"\b{name}\b", code), name
+    names = [name for row in notation() for name in re.findall(r"`(\w+)`", row[3])]
+    assert len(names) > 25 and [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+def test_symbols_are_read_from_formulas():
+    loss = r"L_{sup} = \frac{1}{2}\,\mathrm{CE}(z, y) + e^{-T_R/T_1} \sum_c \bar q_{cv} \ln\delta"
+    assert symbols(loss) == {*"LzyTRcqv", "delta"}
+    assert symbols(r"KL(a \Vert b), \theta_{global}, \theta_k, |A \cap B|, 127\,x, zS") == {*"abkABxzS", "theta"}
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked

@@ -13,7 +13,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from fedkd_utils import rules
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
-MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
 # A notebook added to the course is added to rules.NAMES: then it must exist, and every rule below holds for it.
 EXPECTED = [f"{name}.ipynb" for name in rules.NAMES]
 
@@ -27,20 +26,14 @@ def test_a_notebook_keeps_the_rules(name):
     assert not rules.problems(nbformat.read(FOLDER / name, as_version=4))
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_links_between_files_lead_somewhere(name):
-    assert not broken_links(nbformat.read(FOLDER / name, as_version=4), FOLDER)
-
-
-def broken_links(nb, folder):
-    """Targets of relative Markdown links that are not there."""
-    found = []
-    for cell in nb.cells:
-        if cell.cell_type == "markdown":
-            for target in MARKDOWN_LINK.findall(cell.source):
-                if "://" not in target and not target.startswith("#") and not (folder / target.split("#")[0]).exists():
-                    found.append(target)
-    return found
+@pytest.mark.parametrize("name", EXPECTED[1:])
+def test_from_notebook_01_on_one_predicts_meets_a_mistake_and_does_exercises(name):
+    """As the README promises."""
+    cells = nbformat.read(FOLDER / name, as_version=4).cells
+    prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert re.search(r"\bpredict\b", prose, re.I) and re.search(r"one realistic mistake", prose, re.I)
+    assert re.search(r"by[_ ]hand", "\n".join(cell.source for cell in cells), re.I)
+    assert prose.count("<summary>Solution</summary>") >= 2
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked
@@ -201,9 +194,3 @@ def test_checking_changes_nothing():
     before = copy.deepcopy(nb)
     rules.problems(nb)
     assert nb == before
-
-
-def test_a_broken_link_is_found(tmp_path):
-    (tmp_path / "README.md").touch()
-    text = "[a](README.md#map), [b](https://example.org), [c](#here), [d](02_gone.ipynb), ![e](gone.png)"
-    assert broken_links(new_notebook(cells=[new_markdown_cell(text)]), tmp_path) == ["02_gone.ipynb", "gone.png"]

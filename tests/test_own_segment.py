@@ -23,24 +23,34 @@ from fedkd_utils.calibration import sheet_thickness_mm
 
 @pytest.mark.parametrize("spacing", [(0.5, 0.5, 0.5), (0.36, 0.36, 0.7), (4.5, 0.3, 0.3)])
 @pytest.mark.parametrize("voxels", [1, 4, 7, 10])
-def test_plates_are_measured_exactly(spacing: tuple[float, float, float], voxels: int) -> None:
+def test_plates_along_the_axes_are_within_one_percent(spacing: tuple[float, float, float], voxels: int) -> None:
     mask = np.zeros((24, 70, 70), bool)
     mask[2:22, 20 : 20 + voxels, 5:65] = True
     expected = voxels * spacing[1]
-    assert sheet_thickness_mm(mask, spacing) == pytest.approx(expected, rel=0.05)
+    assert sheet_thickness_mm(mask, spacing) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("thickness", [1.5, 2.5, 4.0])
-@pytest.mark.parametrize("spacing", [(0.4, 0.4, 0.4), (0.7, 0.36, 0.36)])
-def test_half_a_shell_and_a_tilted_plate(thickness: float, spacing: tuple[float, float, float]) -> None:
+def layers(thickness: float, spacing: tuple[float, float, float]) -> list[np.ndarray]:
+    """Half a shell, a plate that runs obliquely within the slices, and one that runs obliquely through them."""
     shape = [round(40 / s) for s in spacing]
     x, y, z = np.moveaxis((np.indices(shape).T * spacing).T - 20, 0, 0)
     r = np.sqrt(x**2 + y**2 + z**2)
     shell = (np.abs(r - 16) < thickness / 2) & (z > 0)
-    assert sheet_thickness_mm(shell, spacing) == pytest.approx(thickness, rel=0.1)
-    across = 0.36 * x + 0.48 * y + 0.8 * z
-    plate = (np.abs(across) < thickness / 2) & (r < 17)
-    assert sheet_thickness_mm(plate, spacing) == pytest.approx(thickness, rel=0.1)
+    within, through = 0.36 * x + 0.48 * y + 0.8 * z, 0.8 * x + 0.48 * y + 0.36 * z
+    return [shell, *((np.abs(across) < thickness / 2) & (r < 17) for across in (within, through))]
+
+
+@pytest.mark.parametrize("thickness", [1.5, 2.5, 4.0])
+@pytest.mark.parametrize("spacing", [(0.4, 0.4, 0.4), (0.7, 0.36, 0.36)])
+def test_half_a_shell_and_tilted_plates(thickness: float, spacing: tuple[float, float, float]) -> None:
+    for layer in layers(thickness, spacing):
+        assert sheet_thickness_mm(layer, spacing) == pytest.approx(thickness, rel=0.12)
+
+
+@pytest.mark.parametrize("spacing", [(3.0, 0.4, 0.4), (4.5, 0.3, 0.3)])
+def test_thick_slices_cannot_say_how_thick_a_thin_plate_is(spacing: tuple[float, float, float]) -> None:
+    """What the docstring warns of is so: half as thick again."""
+    assert sheet_thickness_mm(layers(1.5, spacing)[2], spacing) == pytest.approx(1.5 * 1.5, rel=0.05)
 
 
 def test_nothing_has_no_thickness_and_a_speck_has_its_own() -> None:
@@ -70,7 +80,7 @@ def test_a_dicom_series_gives_the_same_label_as_its_nifti_copy(tmp_path: Path, m
     assert table["mean_thickness_mm"][0] == pytest.approx(first.thickness_mm["femoral"]) and pd.isna(
         table["mean_thickness_mm"][1]
     )
-    segment.preview(series, first.path, tmp_path / "p.png")
+    segment.preview(segment.read_volume(series), first.label, tmp_path / "p.png")
     assert (tmp_path / "p.png").stat().st_size > 10_000
 
 
@@ -79,14 +89,15 @@ def test_a_dicom_series_gives_the_same_label_as_its_nifti_copy(tmp_path: Path, m
 
 def test_the_joint_is_where_most_cartilage_is() -> None:
     p = torch.zeros((4, 20, 60, 90))
-    p[1, 8:12, 10:30, 50:75] = 0.6
+    p[1, 8:12, 10:30, 50:75] = 0.4
+    p[1, 8:12, 10:15, 50:60] = 0.9  # denser in a corner: the extent counts, not the mass
     p[2, 2, 50:53, 4:8] = 1.0  # a few sure voxels elsewhere
     p[3] += 0.05  # doubt everywhere
     p[0] = 1 - p[1:].sum(0)
-    assert segment.joint_centre(p, (8, 16, 24)) == pytest.approx((9.5, 19.5, 62), abs=4)
+    assert segment.joint_centre(p, (8, 24, 30)) == pytest.approx((9.5, 19.5, 62), abs=1)
     nothing = torch.zeros((4, 4, 6, 8))
     nothing[0] = 1
-    assert segment.joint_centre(nothing, (4, 4, 4)) == (2, 3, 4)
+    assert segment.joint_centre(nothing, (4, 4, 4)) is None
 
 
 @pytest.mark.parametrize("place", [(20, 24, 24), (30, 100, 40), (14, 60, 150)])
@@ -112,6 +123,22 @@ def test_a_knee_in_a_wide_view_is_found_and_what_is_far_from_it_left_out(
     assert np.allclose(found.mean(axis=0), np.array(place) - 0.5, atol=1.5)
     assert result.volumes_ml["femoral"] == pytest.approx(8 * 20 * 20 * 2 / 1000, rel=0.3)
     assert len(torch.cat(looks)) > 20
+
+
+@pytest.mark.parametrize("order", ["RAS", "PIR", "LSA"])
+def test_the_joint_has_a_place_in_the_world(order: str) -> None:
+    """Whatever the order of axes of the file; and none where nothing looks like cartilage."""
+    image = 100 + np.random.default_rng(0).normal(0, 1, (40, 130, 180)).astype(np.float32)
+    place, affine = np.array([12, 90, 40]), np.diag([2.0, 1.0, 1.0, 1.0])
+    affine[:3, 3] = (-30, 400, 5)
+    image[8:16, 80:100, 30:50] = 900
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(order))
+    )
+    stored = nib.Nifti1Image(image, affine).as_reoriented(turn)
+    found = segment.locate_joint(np.asarray(stored.dataobj), stored.affine, bright, SMALL)
+    assert found is not None and np.allclose(found, nib.affines.apply_affine(affine, place - 0.5), atol=3)
+    assert segment.locate_joint(np.asarray(stored.dataobj), stored.affine, lambda x: bright(x - 99), SMALL) is None
 
 
 def test_a_narrow_view_is_looked_at_once(tmp_path: Path) -> None:

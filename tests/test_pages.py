@@ -8,15 +8,15 @@ from __future__ import annotations
 import copy
 import json
 import re
-from urllib.parse import unquote
 
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from links import broken_links
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fedkd_utils import browser, pages, rules
+from fedkd_utils import pages, rules
 from fedkd_utils.__main__ import main
 from fedkd_utils.notebooks import NOTEBOOKS
 
@@ -57,16 +57,9 @@ def test_pages_are_complete_without_a_network(course):
     assert "http" not in (course / "pages.js").read_text() and "url(" not in (course / "pages.css").read_text()
 
 
-def test_every_link_leads_somewhere(course, soups):
-    for name, soup in soups.items():
-        for link in soup.find_all(["a", "link", "script"]):
-            target = link.get("href") or link.get("src")
-            if "://" in target:
-                continue
-            file, _, anchor = target.partition("#")
-            assert (course / (file or name)).exists(), (name, target)
-            if anchor:
-                assert soups[file or name].find(id=unquote(anchor)), (name, target)
+@pytest.mark.parametrize("name", FILES)
+def test_every_link_leads_somewhere(course, name):
+    assert not broken_links(course / name)
 
 
 def test_pages_are_in_a_row(soups):
@@ -124,7 +117,7 @@ def test_the_search_knows_every_heading_and_every_word(course, soups):
         main = copy.copy(soups[name].main)
         here = [s for s in known if s["file"] == name]
         anchors = [h["id"] for h in main.find_all(re.compile("^h[1-6]$"))]
-        assert {s["anchor"] for s in here if s["anchor"]} <= set(anchors)
+        assert [s["anchor"] for s in here] == anchors  # each once, and nothing before the first
         words = " ".join(s["title"] + " " + s["text"] for s in here)
         main.find("nav").extract()
         assert set(main.get_text(" ").split()) <= set(words.split())
@@ -150,6 +143,17 @@ def test_tables_are_mended(tmp_path):
     assert one.find("thead") is None and [td.get_text() for td in one.find_all("td")] == ["x", "y"]
     assert [(th["scope"], th.get_text()) for th in two.find_all("th")] == [("col", "Dice"), ("row", "a")]
     assert not page.find_all("style") and one.parent["tabindex"] == "0" and one.parent["aria-label"] == "Table"
+
+
+def test_the_search_has_one_entry_a_heading_and_none_without_words(tmp_path):
+    def known(text):
+        path = book(tmp_path / "n", "00_a.ipynb", new_markdown_cell(text))
+        pages.build([path], tmp_path / "out")
+        entries = (tmp_path / "out" / "sections.js").read_text().removeprefix("window.courseSections = ")
+        return [(s["anchor"], s["title"], s["text"]) for s in json.loads(entries.rstrip().removesuffix(";"))]
+
+    assert known("# A\n\n## B\n\nOne *two*.") == [("a", "A", ""), ("b", "B", "One two .")]
+    assert known("Before.\n\n## B\n") == [("", "00_a", "Before."), ("b", "B", "")]
 
 
 def test_equal_headings_get_anchors_of_their_own(tmp_path):
@@ -232,15 +236,10 @@ def test_a_page_with_an_outside_picture_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- in a real browser
 @pytest.fixture(scope="module")
-def reader(course):
-    try:
-        browser.find_browser()
-    except browser.NoBrowser as error:
-        pytest.skip(str(error))
-    with browser.page_of() as (page, errors):
-        asked = []
-        page.on("request", lambda request: asked.append(request.url))
-        yield Reader(page, errors, asked, course)
+def reader(browser_page, course):
+    (page, errors), asked = browser_page, []
+    page.on("request", lambda request: asked.append(request.url))
+    return Reader(page, errors, asked, course)
 
 
 class Reader:

@@ -8,16 +8,18 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_federation import SHAPE, TINY, equal, knees, site
 
 from fedkd_utils import clients, cohorts, federation, losses, metrics, networks, server, teacher, training, transforms
-from fedkd_utils.clients import Update
+from fedkd_utils.clients import FederationError, Update
+from fedkd_utils.federation import FederationResult
 from fedkd_utils.methods import ROWS
 from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.settings import PAPER, QUICK
-from fedkd_utils.training import LabelledBatches
+from fedkd_utils.training import LabelledBatches, Progress
 from fedkd_utils.transforms import SiteData
 
 ALL, NO_PATELLA = (1, 2, 3), (1, 2)
@@ -79,6 +81,21 @@ def test_folding_adds_probabilities() -> None:
     torch.testing.assert_close(folded[:, 1:], p[:, 1:3])
 
 
+def test_the_mask_ends_at_the_entropy_that_a_teacher_of_few_classes_can_have() -> None:
+    """At the end of a run nothing is masked: not by a ceiling below, and not late by one out of reach."""
+    network = networks.build_student(TINY, 0)
+    images, labels = knees(2, 0)
+    for classes, most in ((None, np.log(4)), (NO_PATELLA, np.log(3)), ((1,), np.log(2))):
+        q = torch.full((2, 4, *images.shape[2:]), 0.25)
+        features = network.forward_with_features(images)[1].detach()
+        trusted = {}
+        for entropy in (0.74 * most, 0.76 * most):  # at the start of a run three quarters of the ceiling are trusted
+            h = torch.full((2, *images.shape[2:]), float(entropy))
+            batch = Batch(images, labels, ALL, images, q, h, features, teacher_classes=classes)
+            trusted[entropy] = float(dual_distillation(network, batch, 0.0, TINY)["trusted"])
+        assert list(trusted.values()) == [1.0, 0.0]
+
+
 # --- batches ------------------------------------------------------------
 
 
@@ -94,8 +111,7 @@ def test_classes_follow_their_volumes_into_the_batches() -> None:
         for classes in drawn:
             seen[classes] += 1
     assert set(seen.values()) == {8}  # every volume as often as any other, whatever it labels
-    for same in (ALL, (ALL,) * 3):
-        assert LabelledBatches(images, labels, 2, 1, 0, None, same).classes_of(0) == ALL
+    assert LabelledBatches(images, labels, 2, 1, 0, None, (ALL,) * 3).classes_of(0) == ALL
     assert LabelledBatches(images, labels, 2, 1, 0, None).classes_of(0) is None
 
 
@@ -176,6 +192,8 @@ def test_who_did_not_draw_a_class_has_no_say_in_its_weights() -> None:
     torch.testing.assert_close(averaged["b"], expected)
     torch.testing.assert_close(averaged["w"], expected.expand(2, 4))
     torch.testing.assert_close(averaged["other"], torch.full((3,), mean))
+    with pytest.raises(FederationError, match="say class_axes"):
+        server.aggregate(updates)
     nobody = [replace(update, class_shares={3: 0.0}) for update in updates]
     torch.testing.assert_close(server.aggregate(nobody, axes)["b"], torch.full((4,), mean))
     everybody = [replace(update, class_shares={}) for update in updates]
@@ -266,24 +284,43 @@ def test_a_federation_learns_the_patella_from_the_one_client_that_draws_it() -> 
     assert not scored.isna().any()  # validation volumes of this test have all labels
 
 
+class Killed(BaseException):
+    """As a KeyboardInterrupt: nobody catches it."""
+
+
 @pytest.mark.parametrize("row", ["dual_kd", "ssfl_published", "mean_teacher", "fedbn", "local_only"])
 def test_every_kind_of_row_runs_on_mixed_clients_and_resumes(row: str, tmp_path: Path) -> None:
+    """Killed in its second round and started again, a run reads the first one and ends with the same numbers."""
     mixed = replace(site("south", 1, labelled=3), volume_classes=(ALL, NO_PATELLA, NO_PATELLA))
     blind = without_patella(site("north", 2), True)
     blind.validation = [replace(case, labelled_classes=NO_PATELLA) for case in blind.validation]
     master = teacher.freeze(networks.build_network(TINY, 99))
-    short = replace(TINY, rounds=2)
-    runs = []
-    for folder in (None, tmp_path):
-        result = federation.run_federation(
-            short, row, [mixed, blind], master, 0, folder, teacher_classes=NO_PATELLA if row == "dual_kd" else None
+    checkpoint, notes = tmp_path / "round.safetensors", []
+
+    def run(folder: Path | None, first: SiteData = mixed, progress: Progress | None = None) -> FederationResult:
+        known = NO_PATELLA if row == "dual_kd" else None
+        short = replace(TINY, rounds=2)
+        return federation.run_federation(
+            short, row, [first, blind], master, 0, folder, teacher_classes=known, progress=progress, workers=1
         )
-        runs.append(result)
-    assert all(equal(runs[0].models[name], runs[1].models[name]) for name in runs[0].models)
-    by_client = runs[0].history.groupby("client")["patellar"]
+
+    def kill(steps: int, note: str) -> None:
+        notes.append(note)
+        if checkpoint.is_file():
+            raise Killed
+
+    whole = run(None)
+    with pytest.raises(Killed):
+        run(tmp_path, progress=kill)
+    assert not any("read from its checkpoint" in note for note in notes)
+    resumed = run(tmp_path, progress=lambda steps, note: notes.append(note))
+    assert any("round 1 read from its checkpoint" in note for note in notes)
+    assert all(equal(whole.models[name], resumed.models[name]) for name in ("south", "north"))
+    assert resumed.best_round == whole.best_round and resumed.ledger == whole.ledger
+    measured = [name for name in whole.history.columns if not name.endswith("seconds")]
+    pd.testing.assert_frame_equal(resumed.history[measured], whole.history[measured], check_exact=True)
+    by_client = resumed.history.groupby("client")["patellar"]
     assert by_client.count()["south"] == 2 and by_client.count()["north"] == 0
     other = replace(mixed, volume_classes=(ALL, ALL, NO_PATELLA))
     with pytest.raises(federation.FederationError, match="belongs to a run with other"):
-        federation.run_federation(
-            short, row, [other, blind], master, 0, tmp_path, teacher_classes=NO_PATELLA if row == "dual_kd" else None
-        )
+        run(tmp_path, other)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from fedkd_utils import pages, publish, rules
-from fedkd_utils.notebooks import read
+from fedkd_utils.notebooks import NOTEBOOKS, notebooks_in, read
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 # The kind is spelled in two parts so that the page's listing of this source does not hold it.
@@ -68,16 +69,64 @@ def test_a_damaged_notebook_is_named(tmp_path):
         publish.run_course(tmp_path / "none", tmp_path)
 
 
-def test_fingerprint_follows_code_and_package(tmp_path):
-    (tmp_path / "m.py").write_text("a = 1\n")
-    nb = new_notebook(cells=[new_code_cell("1"), new_markdown_cell("x")])
+MODULES = {
+    "__init__.py": "",
+    "__main__.py": "from fedkd_utils import lonely",
+    "used.py": "def f():\n    from fedkd_utils.deep import g\n    return g",
+    "deep.py": "import numpy\nSTYLE = 'x'\n(here / \"deep.css\").read_text()",
+    "lonely.py": "import fedkd_utils.used",
+    "deep.css": "",
+    "other.css": "",
+}
+DEEP = {"__init__.py", "used.py", "deep.py", "deep.css"}
+
+
+@pytest.mark.parametrize(
+    ("source", "behind"),
+    [
+        ("1", {"__init__.py"}),
+        ("import numpy\nfrom other import used", {"__init__.py"}),
+        ("from fedkd_utils import (\n    used,\n)", DEEP),
+        ("import fedkd_utils.used as u", DEEP),
+        ("def late():\n    from fedkd_utils.deep import g", DEEP - {"used.py"}),
+        ("!python -m fedkd_utils pages", {*DEEP, "__main__.py", "lonely.py"}),
+        ("run([sys.executable, '-m', 'fedkd_utils', 'pages'])", {*DEEP, "__main__.py", "lonely.py"}),
+        ("from fedkd_utils.__main__ import main\nmain(['pages'])", {*DEEP, "__main__.py", "lonely.py"}),
+        ("print(", {"__init__.py"}),
+    ],
+)
+def test_fingerprint_follows_the_code_and_what_it_imports_and_nothing_else(tmp_path, source, behind):
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(text)
+    nb = new_notebook(cells=[new_code_cell(source), new_markdown_cell("x")])
     first = rules.fingerprint(nb, tmp_path)
     nb.cells[1].source = "prose is free"
     assert rules.fingerprint(nb, tmp_path) == first
-    nb.cells[0].source = "2"
-    second = rules.fingerprint(nb, tmp_path)
-    (tmp_path / "m.py").write_text("a = 2\n")
-    assert len({first, second, rules.fingerprint(nb, tmp_path)}) == 3
+    moving = set()
+    for name, text in MODULES.items():
+        (tmp_path / name).write_text(f"{text}\n# changed")
+        moving |= {name} if rules.fingerprint(nb, tmp_path) != first else set()
+        (tmp_path / name).write_text(text)
+    assert moving == behind and rules.fingerprint(nb, tmp_path) == first
+    nb.cells[0].source += "\n2"
+    assert rules.fingerprint(nb, tmp_path) != first
+
+
+def test_no_notebook_is_made_stale_by_what_only_shows_it():
+    shown_by = {
+        "pages.py",
+        "pages.js",
+        "pages.css",
+        "glossary.py",
+        "publish.py",
+        "rules.py",
+        "notebooks.py",
+        "bench.py",
+    }
+    for path in notebooks_in(NOTEBOOKS):
+        names = {file.name for file in rules.files_behind(read(path))}
+        assert not names & shown_by and {"course.py", "exercises.py", "settings.py"} <= names
+        assert ("viewer.py" in names) == ({"viewer.js", "viewer.css", "slices.js"} <= names)
 
 
 def test_the_course_runs_in_order_and_reads_offline(tmp_path, capsys):
@@ -113,6 +162,44 @@ def test_a_notebook_beside_another_is_executed_once_and_its_error_is_told(tmp_pa
     write(folder / "02_c.ipynb", "1 / 0")
     with pytest.raises(RuntimeError, match="02_c.ipynb, code cell 1 of 1 failed"):
         publish.run_course(folder, tmp_path / "build" / "course")
+
+
+def test_a_failure_in_front_ends_what_runs_beside_it(tmp_path, monkeypatch):
+    folder, began = tmp_path / "notebooks", time.monotonic()
+    monkeypatch.setattr(publish, "BESIDE", {"00_a.ipynb": ("01_b.ipynb", "02_c.ipynb")})
+    waits = "import pathlib, time\nwhile not pathlib.Path('pid.txt').exists():\n    time.sleep(0.1)\n1 / 0"
+    write(folder / "00_a.ipynb", waits)
+    write(folder / "01_b.ipynb", "import os, time\nopen('pid.txt', 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    write(folder / "02_c.ipynb", "1")
+    with pytest.raises(RuntimeError, match="(?s)00_a.ipynb, code cell 1 of 1 failed.*ZeroDivisionError"):
+        publish.run_course(folder, tmp_path / "out")
+    assert time.monotonic() - began < 60
+    kernel = int((folder / "pid.txt").read_text())
+    while time.monotonic() - began < 90:
+        try:
+            publish.os.kill(kernel, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("the kernel of the notebook beside is still there")
+
+
+def test_a_process_beside_that_dies_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "notebooks"
+    monkeypatch.setattr(publish, "BESIDE", {"00_a.ipynb": ("01_b.ipynb",)})
+    write(folder / "00_a.ipynb", "1")
+    write(folder / "01_b.ipynb", "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)")
+    with pytest.raises(RuntimeError, match="01_b.ipynb: its process died"):
+        publish.run_course(folder, tmp_path / "out")
+
+
+def test_what_runs_beside_is_in_the_course_and_comes_later():
+    names = [f"{name}.ipynb" for name in rules.NAMES]
+    for front, beside in publish.BESIDE.items():
+        assert all(names.index(name) > names.index(front) for name in beside)
+    beside = [name for group in publish.BESIDE.values() for name in group]
+    assert len(beside) == len(set(beside)) and not set(beside) & publish.BESIDE.keys()
 
 
 def test_alt_text_comes_from_metadata_or_twin():

@@ -35,7 +35,7 @@ def test_every_grid_is_whole_and_its_points_are_told_apart(profile: Any) -> None
     for name in grids.GRIDS:
         points = grids.grid(name, profile)
         assert points and {point.seed for point in points} == set(grids.SEEDS)
-        assert (set(points) <= set(whole)) == (name != "live") and grids.GRIDS[name].__doc__
+        assert (set(points) <= set(whole)) == (name not in ("live", "project")) and grids.GRIDS[name].__doc__
     for point in whole:
         assert point.row in ROWS and set(point.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-.")
         settings = ROWS[point.row].adapt(point.settings(profile))
@@ -291,6 +291,22 @@ def test_seconds_are_measured_by_row_and_replace_those_of_the_runs(cache: Path, 
     assert statistics.course_of(timed[1])["dice"].equals(statistics.course_of(runs[1])["dice"])
     with pytest.raises(ValueError, match=r"no seconds for pooled: run `python -m fedkd_utils seconds`"):
         records.with_seconds(go([Point("pooled", "paper_like")], tmp_path, cache)[0].done.values(), path)
+    other = [Point("fedavg", "paper_like", changes=(("batch_labelled", 1),))]
+    with pytest.raises(ValueError, match="only rows as they are were timed"):
+        records.with_seconds(go(other, tmp_path, cache)[0].done.values(), path)
+
+
+def test_costs_are_reported_against_the_best_rival(cache: Path, tmp_path: Path) -> None:
+    assert "no setting has whole rows yet" in runner.cost_report(TINY, tmp_path, [0])
+    runner.measure_seconds(["mean_teacher", "fedsemi", "dual_kd"], TINY, tmp_path, cache, say=lambda text: None)
+    points = [Point(row, "paper_like") for row in ("mean_teacher", "fedsemi", "dual_kd")]
+    found = go(points, tmp_path, cache)[0].done
+    best = max(("mean_teacher", "fedsemi"), key=lambda row: statistics.final_dice([found[Point(row, "paper_like")]]))
+    text = runner.cost_report(TINY, tmp_path, [0])
+    target = statistics.final_dice([found[Point(best, "paper_like")]])
+    assert f"paper_like: final validation Dice {target:.3f} of {best}" in text
+    line = next(line for line in text.splitlines() if line.split()[:1] == [best])
+    assert line.split()[1] == "1/1" and "seconds" in text.splitlines()[1]
 
 
 # --- command line -----------------------------------------------------------------------------------------------

@@ -12,23 +12,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from test_readers import metaimage, sagittal_series
-from test_segment import with_header
+from test_segment import bright, with_header
 from tiny import TINY
 
-from fedkd_utils import cohorts, experiments, networks, sites
+from fedkd_utils import cohorts, experiments, networks, segment, sites, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.transforms import VolumeError
 
 SPACING = (4.0, 1.2, 1.2)
 SHAPE = (10, 30, 32)
-OWN = replace(TINY, grid_shape=(8, 32, 32))
+OWN = replace(TINY, grid_shape=(10, 32, 32))  # as large as a volume: 40 x 38 x 38 mm
 
 
 def knee(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +41,7 @@ def knee(seed: int) -> tuple[np.ndarray, np.ndarray]:
     label[1:9, 6:24, 18 + shift : 22 + shift] = 1
     label[1:9, 6:24, 12 + shift : 14 + shift] = 2
     label[2:8, 25:28, 20:26] = 3
-    image = 200 * label + 100 + rng.normal(0, 20, SHAPE)
+    image = 200.0 * label + 100 + rng.normal(0, 20, SHAPE)
     return np.abs(image).astype(np.float32), label
 
 
@@ -77,8 +79,9 @@ def test_clean_sites_pass(two: Path, capsys: pytest.CaptureFixture[str]) -> None
     before = tree(two)
     assert main(["check", str(two)]) == 0
     shown = capsys.readouterr().out
-    assert "north (nifti): 5 volumes of 5 people" in shown and "Süd Klinik" in shown
-    assert "10 x 30 x 32 (5)" in shown and "RAS (5)" in shown and "0 errors, 0 warnings" in shown
+    assert "north (nifti): 5 volumes, counted as 5 people" in shown and "Süd Klinik" in shown
+    assert "10 x 30 x 32 (5)" in shown and "RAS (5)" in shown
+    assert shown.splitlines()[-1] == "0 errors, 0 warnings. Ready for `prepare`."
     assert tree(two) == before
 
 
@@ -116,6 +119,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "one person at two sites": (
         lambda d: [(d / s / "dataset.json").write_text('{"subjects": {"k0.nii.gz": 7}}') for s in os.listdir(d)],
         "same person",
+    ),
+    "too few people": (lambda d: [os.remove(d / f"north/labelsTr/k{k}.nii.gz") for k in (0, 1)], "are too few"),
+    "class of no file": (
+        lambda d: (d / "north/dataset.json").write_text('{"labelled_classes": {"K0": [1, 2]}}'),
+        "no image is called so",
     ),
     "bad dataset.json": (lambda d: (d / "north/dataset.json").write_text("{"), "not readable as JSON"),
 }
@@ -155,8 +163,10 @@ def test_a_fault_is_one_line_that_names_the_file_and_stops_preparing(
     spoil, words = FAULTS[fault]
     spoil(two)
     assert main(["check", str(two)]) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    shown = capsys.readouterr().out.splitlines()
+    lines = [line for line in shown if line.startswith("error: ")]
     assert len(lines) == 1, lines
+    assert shown[-1].startswith("1 errors, ") and shown[-1].endswith(" Mend the errors first.")
     assert words in lines[0] and str(two) in lines[0] and len(lines[0]) < 700
     before = tree(two.parent)
     assert main(["prepare", str(two), str(two.parent / "out")]) == 1
@@ -186,6 +196,107 @@ def test_what_only_looks_odd_is_a_warning(two: Path, kind: str) -> None:
     spoil(two)
     report = sites.check_sites(two)
     assert not report.errors and any(words in finding.text for finding in report.findings)
+    assert report.verdict == "Look at the warnings, then go on with `prepare`."
+    assert main(["check", str(two)]) == 0
+
+
+def test_the_verdict_says_what_can_be_done_with_the_sites(two: Path) -> None:
+    named = {"validation": ["imagesTr/k0.nii.gz"], "test": ["imagesTr/k1.nii.gz"]}
+    for site in ("north", "Süd Klinik"):
+        (two / site / "dataset.json").write_text(json.dumps(named))
+    report = sites.check_sites(two)
+    assert not report.findings and report.verdict.startswith("Ready for `run`, which takes the middle")
+    cohort = sites.open_sites(two)
+    assert all(client.training and client.validation and client.test for client in cohort.clients)  # and it is so
+    sagittal_series(two / "scans" / "one", np.abs(knee(300)[0].transpose(1, 2, 0)), (1.2, 1.2, 4.0))
+    report = sites.check_sites(two)
+    (finding,) = report.findings
+    assert finding.text.startswith(f"{two / 'scans'}: no labels, and `run` refuses a client without any.")
+    assert report.verdict == "Look at the warnings, then go on with `prepare`."
+    assert "scans (dicom): 1 volumes, counted as 1 people" in report.text()
+    for site in ("north", "Süd Klinik"):
+        shutil.rmtree(two / site)
+    assert sites.check_sites(two).verdict.startswith("No client has labels, so nothing can be trained")
+
+
+def test_label_maps_without_images_are_sent_to_simulate(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(two / "maps" / "9001_Cartilage.nii.gz", np.array([0, 2, 4, 6], np.uint8)[knee(9)[1]])
+    assert main(["check", str(two)]) == 1
+    with pytest.raises(VolumeError, match="maps: .*`simulate` first"):
+        sites.prepare_sites(two, two.parent / "out", OWN)
+    assert not (two.parent / "out").exists()
+
+
+def test_volumes_held_out_without_a_label_are_said_and_trained_on_by_nobody(two: Path) -> None:
+    """In imagesTs, or named for validation; and in a set with a test part of its own."""
+    for k in range(3):
+        save(two / "north/imagesTs" / f"t{k}_0000.nii.gz", knee(50 + k)[0])
+    (two / "north/dataset.json").write_text('{"validation": ["imagesTr/k4_0000.nii.gz"]}')
+    for k, part in enumerate(("train", "train", "train", "valid", "test", "test")):
+        small = (x.transpose(2, 1, 0)[::-1, ::-1] for x in knee(400 + k))  # down, back, right
+        image, label = (x.repeat(3, 0).repeat(3, 1).repeat(4, 2) for x in small)  # 35 x 33 x 28 mm
+        path = two / "iwoai" / part / f"{part}_{k:03d}_V00.im"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file["data"] = image
+        if part != "test":
+            with h5py.File(path.with_suffix(".seg"), "w") as file:
+                file["data"] = (np.array([-1, 0, 1, 3])[label][..., None] == np.arange(6)).astype(np.uint8)
+    report = sites.check_sites(two)
+    said = [finding.text for finding in report.findings if "no label." in finding.text]
+    assert [text.split(": ")[1][:50] for text in said] == [
+        "2 volumes of its own validation or test part have ",
+        "4 volumes of its own validation or test part have ",
+    ] and not report.errors
+    assert len(report.facts["north"]) == 8  # they are read, too
+    made = sites.prepare_sites(two, two.parent / "out", OWN).sites
+    north = {part: {item.name for item in getattr(made["north"], part)} for part in cohorts.SPLITS}
+    assert set.union(*north.values()) == {"k0", "k1", "k2", "k3"} and not north["unlabelled"] and north["test"]
+    challenge = {part: [item.name for item in getattr(made["iwoai"], part)] for part in cohorts.SPLITS}
+    assert challenge["validation"] == ["valid_003_V00"] and challenge["unlabelled"] == []
+    assert len(challenge["training"]) == 2 and challenge["test"][0].startswith("train_")  # drawn: its own is blind
+
+
+def test_splits_do_not_depend_on_where_the_sites_lie(two: Path) -> None:
+    first = sites.prepare_sites(two, two.parent / "out", OWN)
+    (two.parent / "far" / "away").mkdir(parents=True)
+    moved = two.rename(two.parent / "far" / "away" / "data")
+    second = sites.prepare_sites(moved, moved.parent / "out", OWN)
+    for name in first.sites:
+        for part in cohorts.SPLITS:
+            assert [(i.name, i.subject) for i in getattr(first.sites[name], part)] == [
+                (i.name, i.subject) for i in getattr(second.sites[name], part)
+            ]
+
+
+def test_every_volume_is_read_once(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    original = transforms.read_nifti
+
+    def counted(path: Path) -> object:
+        read.append(Path(path))
+        return original(path)
+
+    monkeypatch.setattr(transforms, "read_nifti", counted)
+    for work in (lambda: sites.check_sites(two), lambda: sites.prepare_sites(two, two.parent / "out", OWN)):
+        read.clear()
+        work()
+        assert sorted(read) == sorted(two.rglob("*.nii.gz"))
+
+
+def test_what_is_prepared_of_oaizib_cm_is_a_site_of_the_course(two: Path) -> None:
+    """The files keep their names, which tell OAIZIB-CM from others: the labels are the course's now."""
+    for k in range(4):
+        image, label = knee(600 + k)
+        save(two / "oai/imagesTr" / f"oaizib_{k:03d}_0000.nii.gz", image)
+        save(two / "oai/labelsTr" / f"oaizib_{k:03d}.nii.gz", np.array([0, 2, 4, 0], np.uint8)[label])
+    sites.prepare_sites(two, two.parent / "out", OWN)
+    assert sites.check_sites(two.parent / "out").layouts["oai"] == "nifti"
+    (oai,) = [site for site in sites.open_sites(two.parent / "out").clients if site.name == "oai"]
+    for item in (*oai.training, *oai.validation, *oai.test):
+        truth = np.where((truth := knee(600 + int(item.name[-3:]))[1]) == 3, 0, truth)
+        assert item.labelled_classes == (1, 2) and item.label is not None
+        assert np.array_equal(np.asarray(nib.load(item.label).dataobj)[:, 1:31], truth)
 
 
 def test_big_endian_and_partial_labels_are_fine(two: Path) -> None:
@@ -210,7 +321,7 @@ def test_damaged_bytes_are_read_or_named_but_never_crash(
 ) -> None:
     folder = tmp_path / "sites" / "north"
     if not folder.exists():
-        hospital(folder, 0, labelled=1, unlabelled=0)
+        hospital(folder, 0, labelled=3, unlabelled=0)
     good = {path: path.read_bytes() for path in folder.rglob("*.nii.gz")}
     victim = folder / f"{which}.gz"
     content = bytearray(gzip.decompress(good[victim]))
@@ -253,7 +364,7 @@ def test_prepared_sites_lie_on_the_grid_with_splits_by_person(two: Path) -> None
     prepared = sites.prepare_sites(two, two.parent / "out", settings)
     made = prepared.sites
     assert [finding.text.split(": ")[1] for finding in prepared.warnings] == [
-        "no labels; a client needs some to train on."
+        "no labels, and `run` refuses a client without any. Draw some, or leave the folder out of `run`."
     ]
     assert set(made) == {"north", "Süd Klinik", "ski", "scans"}
     for name in ("north", "Süd Klinik", "ski"):
@@ -268,7 +379,8 @@ def test_prepared_sites_lie_on_the_grid_with_splits_by_person(two: Path) -> None
         assert {item.labelled_classes for item in site.training} == {(1, 2) if name == "ski" else (1, 2, 3)}
     assert len(made["scans"].unlabelled) == 1
     page = (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
-    assert page.count("<img") == 12 and "Süd Klinik" in page
+    assert page.count("<img") == 15 and "Süd Klinik" in page  # twelve with labels, three without
+    assert not any(prepared.crops.values()) and "cut round" not in page
     assert not list((two.parent / "out").rglob(".*"))
     report = sites.check_sites(two.parent / "out")
     assert not report.errors
@@ -286,19 +398,141 @@ def test_too_few_people_are_refused(tmp_path: Path) -> None:
 
 
 def test_cartilage_beyond_the_grid_is_reported_and_refused_when_it_is_much(two: Path) -> None:
-    """The knee of 30 x 1.2 mm has its femoral cartilage in the rows 6 to 24, of which a grid of 22 holds 4 to 26."""
-    narrow = replace(OWN, grid_shape=(8, 18, 32))  # holds rows 6 to 24, not the patella at 25 to 28
+    """A femoral cartilage of 18 rows and a patella behind a gap, 22 rows in all: a grid of 18 lies round the middle."""
+    narrow = replace(OWN, grid_shape=(10, 18, 32))
     made = sites.prepare_sites(two, two.parent / "out", narrow)
-    label = knee(0)[1]
-    expected = (label[:, 24:].astype(bool) | False).sum() + label[[0, 9]].astype(bool).sum()
-    share = expected / label.astype(bool).sum()
-    assert 0 < share < sites.MOST_OUTSIDE
-    assert f"k0_0000.nii.gz: {share:.0%} of its cartilage lies outside" in made.warnings[0].text
+    label = knee(0)[1] > 0
+    rows = np.flatnonzero(label.any(axis=(0, 2)))
+    assert (rows[0], rows[-1]) == (6, 27)
+    share = 1 - label[:, 8:26].sum() / label.sum()
+    assert 0.05 < share < sites.MOST_OUTSIDE
+    found = [f.text for f in made.warnings if "k0_0000" in f.text and "north" in f.text]
+    assert [text.split(": ")[1] for text in found] == [
+        f"{share:.0%} of its cartilage lies outside the common grid, and is cut off."
+    ]
     assert f"{share:.0%} of its cartilage" in (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
-    with pytest.raises(
-        VolumeError, match="of its cartilage lies outside the common grid; crop the volume to the joint"
-    ):
+    with pytest.raises(VolumeError, match="k0_0000.nii.gz: .* of its cartilage lies outside the common grid. Is all"):
         sites.prepare_sites(two, two.parent / "out2", replace(OWN, grid_shape=(4, 16, 16)))
+
+
+# --- prepare: where the joint is ------------------------------------------------------------
+
+#: The voxel of the whole field of view in which the first voxel of a knee lies: far from its middle.
+CORNER = (2, 60, 10)
+
+
+def wide(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A knee in a field of view of 96 x 120 x 108 mm, in a corner of it; the rest is dark."""
+    image, label = knee(seed)
+    whole = np.random.default_rng(seed).normal(100, 0.2, (24, 100, 90)).astype(np.float32)
+    marks = np.zeros(whole.shape, np.uint8)
+    box = tuple(slice(first, first + n) for first, n in zip(CORNER, SHAPE, strict=True))
+    whole[box], marks[box] = image, label
+    return whole, marks
+
+
+@pytest.fixture()
+def large(tmp_path: Path) -> Path:
+    """A hospital whose volumes are stored from front to back and from top to bottom, in a place of its own."""
+    place = np.diag([*SPACING, 1.0])
+    place[:3, 3] = (-40, 300, 1000)
+    order = nib.orientations.axcodes2ornt(("P", "I", "R"))
+    for k in range(5):
+        arrays = dict(zip(("images", "labels"), wide(700 + k), strict=True))
+        for kind in ("images", "labels") if k < 4 else ("images",):
+            stored = nib.Nifti1Image(arrays[kind], place).as_reoriented(order)
+            save(tmp_path / "sites/north" / f"{kind}Tr" / f"k{k}.nii.gz", np.asarray(stored.dataobj), stored.affine)
+    return tmp_path / "sites"
+
+
+def test_a_large_field_of_view_is_cut_round_the_joint_and_the_page_says_where(large: Path) -> None:
+    """With a label round it, to the voxel; without one where the network sees cartilage, within a voxel of the grid."""
+    asked: list[int] = []
+
+    def network() -> tuple[object, object]:
+        asked.append(1)
+        return bright, OWN  # takes what stands out of its window for cartilage
+
+    made = sites.prepare_sites(large, large.parent / "out", OWN, network=network)  # type: ignore[arg-type]
+    assert asked == [1] and not made.warnings
+    crops = {crop.name: crop for crop in made.crops["north"]}
+    assert {name: crop.round for name, crop in crops.items()} == {
+        **dict.fromkeys(["k0", "k1", "k2", "k3"], "its label"),
+        "k4": "the joint that the network found",
+    }
+    page = (large.parent / "out" / "preview.html").read_text(encoding="utf-8")
+    for item in made.sites["north"].items:
+        _, marks = wide(700 + int(item.name[1:]))
+        found = np.argwhere(marks)
+        middle = (found.min(axis=0) + found.max(axis=0)) / 2
+        expected = middle * SPACING + (-40, 300, 1000)
+        crop = crops[item.name]
+        assert np.allclose(crop.place_mm, expected, atol=0.01 if item.label else 6)
+        volume = nib.load(item.image)
+        held = nib.affines.apply_affine(volume.affine, (np.array(OWN.grid_shape) - 1) / 2)
+        assert np.allclose(held, crop.place_mm, atol=0.01)  # the file's own header says so
+        off = np.linalg.norm(expected - (np.array([23, 99, 89]) / 2 * SPACING + (-40, 300, 1000)))
+        assert crop.off_mm == pytest.approx(float(off), abs=0.01 if item.label else 8) and off > 40
+        assert page.count(f"{item.name}: {crop.text}") == 1 and f'alt="{item.name}, {crop.text}' in page
+        if item.label is not None:  # nothing is lost, and it lies on its image
+            label = np.asarray(nib.load(item.label).dataobj)
+            assert (label > 0).sum() == (marks > 0).sum() and np.allclose(nib.load(item.label).affine, volume.affine)
+            grey = volume.get_fdata()
+            assert grey[label == 3].mean() > grey[label == 1].mean() > grey[label == 0].mean()
+    shown = made.text()
+    far = max(crop.off_mm for crop in crops.values())
+    assert (
+        f"cut: 4 round its label, 1 round the joint that the network found; up to {far:.0f} mm off the middle" in shown
+    )
+
+
+def test_looking_for_the_joint_can_be_switched_off(
+    large: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then the knee in the corner is lost, which is refused for what has a label."""
+    monkeypatch.setattr("fedkd_utils.__main__.PROFILES", {"quick": OWN})
+
+    def never() -> tuple[object, object]:
+        raise AssertionError("asked for a network")
+
+    with pytest.raises(VolumeError, match="k[0-9].nii.gz: .* of its cartilage lies outside the common grid"):
+        sites.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
+    assert main(["prepare", str(large), str(large.parent / "out"), "--centred"]) == 1
+    assert "lies outside the common grid" in capsys.readouterr().err
+    for k in range(4):
+        (large / f"north/labelsTr/k{k}.nii.gz").unlink()
+    made = sites.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
+    assert {crop.round for crop in made.crops["north"]} == {"the middle of its field of view"}
+    assert max(crop.off_mm for crop in made.crops["north"]) < 0.01
+
+
+def test_a_joint_that_nobody_looks_for_or_finds_is_said(large: Path) -> None:
+    def blind() -> tuple[object, object]:
+        return lambda x: bright(x - 99), OWN
+
+    for number, (network, words) in enumerate(((None, "no network looked"), (blind, "sees no cartilage"))):
+        made = sites.prepare_sites(large, large.parent / f"out{number}", OWN, network=network)  # type: ignore[arg-type]
+        (warning,) = made.warnings
+        assert warning.level == "warning" and words in warning.text and "k4.nii.gz" in warning.text
+        assert words in (large.parent / f"out{number}" / "preview.html").read_text(encoding="utf-8")
+        (crop,) = [crop for crop in made.crops["north"] if crop.name == "k4"]
+        assert crop.round == "the middle of its field of view" and crop.off_mm < 0.01
+
+
+def test_the_command_looks_with_a_checkpoint_or_a_teacher_of_its_own(
+    large: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FEDKD_CACHE", str(cache))
+    monkeypatch.setattr("fedkd_utils.__main__.PROFILES", {"quick": OWN})
+    monkeypatch.setattr(segment, "locate_joint", lambda image, affine, network, settings: asked.append(network))
+    asked: list[object] = []
+    assert main(["prepare", str(large), str(large.parent / "out")]) == 0
+    assert "1 round the middle of its field of view" in capsys.readouterr().out and len(asked) == 1
+    (teacher,) = (cache / "teachers").glob("*.safetensors")
+    command = ["prepare", str(large), str(large.parent / "out2"), "--checkpoint", str(teacher)]
+    assert main(command) == 0 and len(asked) == 2
+    states = [networks.copy_state(network) for network in asked]  # type: ignore[arg-type]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_two_visits_of_a_person_stay_together(two: Path) -> None:

@@ -253,6 +253,46 @@ def test_way_back_from_a_grid_that_is_not_centred_on_the_volume():
     assert np.array_equal(from_grid(part, affine @ corner, label.shape, affine), expected)
 
 
+@pytest.mark.parametrize("order", ["RAS", "PIR", "LSA"])
+def test_a_grid_lies_round_the_place_it_is_given_as_far_as_the_volume_reaches(order):
+    """A ball 20 mm off the middle: in the middle of the grid where there is room, and the grid stays in the volume."""
+    spacing, shape, grid_shape = (2.0, 1.0, 1.0), (20, 90, 60), (10, 20, 40)  # 40 x 90 x 60 mm
+    affine = affine_of(spacing, shape)
+    index = np.moveaxis(np.indices(shape), 0, -1)
+    place = np.array([10, 25, 50])  # above: within half a grid of the edge
+    ball = (np.linalg.norm((index - place) * spacing, axis=-1) < 6).astype(np.uint8)
+    turn = nib.orientations.ornt_transform(RAS, nib.orientations.axcodes2ornt(order))
+    stored = nib.orientations.apply_orientation(ball, turn)
+    own = affine @ nib.orientations.inv_ornt_aff(turn, shape)
+    centre_mm = nib.affines.apply_affine(affine, place)
+    grid, grid_affine = to_grid(stored.astype(np.float32), own, (4.0, 1.0, 1.0), grid_shape, centre_mm=centre_mm)
+    label = label_to_grid(stored, own, (4.0, 1.0, 1.0), grid_shape, centre_mm)
+    clear = np.abs(grid.numpy() - 0.5) > 1e-4  # a tie is background
+    assert np.array_equal((label.numpy() > 0)[clear], (grid.numpy() > 0.5)[clear]) and label.any()
+    seen = nib.affines.apply_affine(grid_affine, ndimage.center_of_mass(grid.numpy()))
+    np.testing.assert_allclose(seen, centre_mm, atol=0.3)  # wherever the grid is, the ball is where it was
+    low = nib.affines.apply_affine(np.linalg.inv(affine) @ grid_affine, np.array([-0.5, -0.5, -0.5]))
+    high = nib.affines.apply_affine(np.linalg.inv(affine) @ grid_affine, np.array(grid_shape) - 0.5)
+    np.testing.assert_allclose([low, high], [[-0.5, 15, 19.5], [19.5, 35, 59.5]], atol=1e-6)
+
+
+@pytest.mark.parametrize("move", [0.05, 0.2])
+def test_one_rule_says_whether_a_label_lies_on_its_image(move):
+    """Of a tenth of a millimetre at the corner that is furthest away, also where a header is turned a little."""
+    shape, affine = (10, 100, 100), affine_of((4.0, 1.0, 1.0), (10, 100, 100))
+    moved = affine.copy()
+    moved[0, 3] += move
+    turned = affine @ np.block([[Rotation.from_euler("x", move / 99).as_matrix(), np.zeros((3, 1))], [0, 0, 0, 1]])
+    for other in (moved, turned):
+        if move < 0.1:
+            transforms.refuse_other_grid((shape, other), (shape, affine), "label", "image")
+        else:
+            with pytest.raises(VolumeError, match="label: another grid than its image image: up to 0.2"):
+                transforms.refuse_other_grid((shape, other), (shape, affine), "label", "image")
+    with pytest.raises(VolumeError, match=r"shape \(10, 100, 99\), but the image has \(10, 100, 100\)"):
+        transforms.refuse_other_grid(((10, 100, 99), affine), (shape, affine), "label", "image")
+
+
 def test_whole_field_of_view_is_kept_when_no_shape_is_named():
     image = smooth_noise((30, 41, 27))
     grid, _ = to_grid(image, affine_of((1.0, 0.5, 2.0), image.shape), (4.0, 1.2, 1.2))
@@ -384,10 +424,10 @@ def test_a_case_is_z_scored_and_goes_back_to_its_file(tmp_path):
     ("fault", "words"),
     [
         ({"label": blob((8, 16, 15))}, "shape"),
-        ({"label_affine": np.diag([4.0, 2.0, 3.0, 1.0])}, "affine differs"),
+        ({"label_affine": np.diag([4.0, 2.0, 3.0, 1.0])}, "another grid than its image"),
         ({"label": blob((8, 16, 16)) * 7}, "unknown label values"),
         ({"image": np.full((8, 16, 16), np.nan, np.float32)}, "NaN"),
-        ({"image": np.full((8, 16, 16), 5.0, np.float32)}, "same value"),
+        ({"image": np.full((8, 16, 16), 5.0, np.float32)}, "no image in it"),
         ({"image": np.zeros((8, 16, 16, 3), np.float32)}, "not a 3D volume"),
         ({"image": np.ones((8, 16, 16), np.complex64)}, "complex"),
     ],

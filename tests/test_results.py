@@ -1,0 +1,80 @@
+"""The committed results: every file is a record of a point, made with the digits and settings of today."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from fedkd_utils import grids, records, runner
+from fedkd_utils.methods import COURSE_ROWS, ROWS
+from fedkd_utils.provenance import NUMBERS
+from fedkd_utils.settings import PROFILES, PROJECT
+
+RESULTS = PROJECT / "data" / "results"
+FOLDERS = sorted(path.name for path in RESULTS.iterdir())
+#: Beside the records: the tuned learning rates, the measured seconds.
+OTHERS = {"learning_rates.json", "seconds.json"}
+RATES = json.loads((RESULTS / "reference" / "learning_rates.json").read_bytes())
+
+
+@pytest.mark.parametrize("profile", FOLDERS)
+def test_every_committed_result_is_the_record_of_a_point_and_not_stale(profile):
+    folder, settings = RESULTS / profile, PROFILES[profile]
+    points = [point for name in grids.GRIDS for point in runner.points_of(name, settings, folder)]
+    files = {path.stem for path in folder.iterdir() if path.name not in OTHERS}
+    found = runner.standing(list(dict.fromkeys(points)), settings, folder)
+    assert found.damaged == {} and found.stale == {}
+    assert {point.name for point in found.done} == files
+    for point, record in found.done.items():
+        assert record.made_with["numbers"] == NUMBERS
+        assert (record.row, record.setting, record.seed) == (point.row, point.setting, point.seed)
+        dice = record.test_frame()["dice"].dropna()
+        assert len(dice) > 0 and dice.between(0, 1).all()
+
+
+def test_a_stale_or_damaged_result_is_found(tmp_path):
+    (point,) = [p for p in grids.grid("rows", PROFILES["reference"], [0]) if p.name == "dual_kd-paper_like-seed0"]
+    source = RESULTS / "reference" / f"{point.name}.json"
+    (tmp_path / "learning_rates.json").write_text(json.dumps(RATES))
+    points = runner.with_rates([point], tmp_path)
+
+    def standing(text):
+        (tmp_path / source.name).write_text(text)
+        return runner.standing(points, PROFILES["reference"], tmp_path)
+
+    assert list(standing(source.read_text()).done) == points
+    older = source.read_text().replace(f'"numbers":{NUMBERS}', f'"numbers":{NUMBERS - 1}')
+    assert standing(older).stale[points[0]] == ["the digits of the code have changed"]
+    assert points[0] in standing(source.read_text()[:-200]).damaged
+
+
+def test_every_trained_row_has_a_learning_rate_from_trials_that_still_hold():
+    trained = {name for name, row in ROWS.items() if row.objective is not None}
+    assert RATES["rows"].keys() == trained
+    wanted = sorted((setting, rate) for setting in grids.BOTH for rate in runner.LEARNING_RATES)
+    for name, facts in RATES["rows"].items():
+        assert sorted((t["setting"], t["learning_rate"]) for t in facts["trials"]) == wanted
+        assert {t["numbers"] for t in facts["trials"]} == {NUMBERS}
+        assert {t["method"] for t in facts["trials"]} == {ROWS[name].identity()}
+
+
+def test_the_chosen_rate_is_the_best_of_its_trials():
+    for name, facts in RATES["rows"].items():
+        dice = np.full((len(runner.LEARNING_RATES), len(grids.BOTH)), -np.inf)
+        for trial in facts["trials"]:  # one that diverged has no validation and cannot win
+            if trial["validation"] is not None:
+                place = runner.LEARNING_RATES.index(trial["learning_rate"]), grids.BOTH.index(trial["setting"])
+                dice[place] = trial["validation"]
+        assert facts["chosen"] == runner.LEARNING_RATES[int(dice.mean(axis=1).argmax())], name
+
+
+def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    names = [path for path in (RESULTS / "reference").iterdir() if path.name not in OTHERS]
+    assert {records.read_record(path).seed for path in names} == {0}, "the README says that there is one seed"
+    assert text.count("All results so far are of 1 seed") == text.count("現在の結果はすべて乱数シード1つだけ") == 1
+    assert "All results so far are of **one seed**" in text and "one seed of some of the rows" in text
+    assert "compare four rows" in text and len(COURSE_ROWS) == 4
+    assert "from the same four" in text and len(runner.LEARNING_RATES) == 4
