@@ -168,6 +168,23 @@ def test_the_run_goes_on_without_those_who_fail_and_says_why(running: Federation
     assert report.happened("finished")
 
 
+def test_a_key_that_was_revoked_is_refused(running: Federation, folders: dict[str, Path]) -> None:
+    before = nodes(running)
+    running.register("guest")
+    (number,) = nodes(running) - before
+    running.flwr("supernode", "unregister", number, hospitals.SUPERLINK)
+    running.start_node("guest", folders["east"])
+    wait_for(lambda: running.processes["guest"].poll() is not None, 60)
+    assert running.processes["guest"].poll() == 1
+    assert "Failed to activate SuperNode" in (running.folder / "logs" / "guest.log").read_text()
+    running.stop("guest")
+
+
+def nodes(running: Federation) -> set[str]:
+    said = running.flwr("supernode", "list", hospitals.SUPERLINK, "--format", "json")
+    return {node["node-id"] for node in json.loads(said[said.index("{") :])["nodes"]}
+
+
 def test_secrets_are_for_the_owner_only_and_in_no_log(running: Federation) -> None:
     for path in running.secrets.iterdir():
         assert path.stat().st_mode & 0o077 == 0
