@@ -13,10 +13,16 @@ from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import PROFILES, PROJECT
 
 RESULTS = PROJECT / "data" / "results"
-FOLDERS = sorted(path.name for path in RESULTS.iterdir())
+FOLDERS = [name for name in PROFILES if (RESULTS / name).is_dir()]
+#: What is no profile: measurements with tests of their own.
+MEASURED = {"engine", "bench"}
 #: Beside the records: the tuned learning rates, the measured seconds.
 OTHERS = {"learning_rates.json", "seconds.json"}
 RATES = json.loads((RESULTS / "reference" / "learning_rates.json").read_bytes())
+
+
+def test_no_other_results_lie_about():
+    assert {path.name for path in RESULTS.iterdir()} <= {*FOLDERS, *MEASURED}
 
 
 @pytest.mark.parametrize("profile", FOLDERS)
