@@ -74,7 +74,7 @@ class _Session:
 
     def send_teacher(self, run: Run, names: Iterable[str]) -> None:
         """Send the teacher to those who lack it."""
-        lacking = sorted(set(names) - self.hospitals.has_teacher) if self.teacher is not None else []
+        lacking = sorted(set(names) - self.hospitals.has_teacher) if self.job.method.distils else []
         contents = {name: record(self.hospitals.facts(), self.teacher) for name in lacking}
         for name, answer in self.hospitals.ask_clients(SEND_TEACHER, contents).items():
             assert self.teacher is not None
@@ -131,7 +131,10 @@ class _Session:
             load_state(network, self.teacher, "The teacher")
         run = begin(self.settings, self.job.method, plan.sites, network, self.job.seed)
         run.teacher = None  # it lies at the hospitals
-        run.ledger = Ledger([line for line in run.ledger.entries if line["what"] != "teacher"])  # noted when sent
+        if self.job.method.starts_at_teacher:  # it goes out as the first student
+            run.ledger = Ledger([{**line, "what": "student"} for line in run.ledger.entries])
+        else:
+            run.ledger = Ledger([line for line in run.ledger.entries if line["what"] != "teacher"])  # noted when sent
         return run
 
     def _ask_all(self, kind: str, run: Run, number: int) -> dict[str, RecordDict | str]:
