@@ -29,8 +29,9 @@ from torch import Tensor
 
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.clients import FederationError, Update
+from fedkd_utils.federation import check_messages
 from fedkd_utils.methods import Method, row_named
-from fedkd_utils.networks import CheckpointError, State, check_finite, check_layout
+from fedkd_utils.networks import CheckpointError, State, build_student, check_finite, check_layout
 from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, Settings
 from fedkd_utils.teacher import FROZEN, TeacherUpdate
@@ -109,13 +110,15 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
         f"{method.title!r} chooses between two teachers": method.chooses_teacher,
         f"a teacher that moves ({teacher_update.kind}) would travel in every round": teacher_update != FROZEN,
         f"compression {settings.compression!r} is not decoded there": settings.compression is not None,
-        "noise_multiplier needs clip_norm": settings.noise_multiplier is not None and settings.clip_norm is None,
     }
     for reason, applies in reasons.items():
         if applies:
             raise FederationError(f"The engine does not carry this run: {reason}.")
+    check_messages(method, settings, [], teacher_update)
     if method.needs_teacher != bool(job.teacher):
         raise FederationError(f"{method.title!r} needs {'a' if method.needs_teacher else 'no'} teacher.")
+    if job.secure and not all(t.is_floating_point() for t in build_student(settings, 0).state_dict().values()):
+        raise FederationError('Masks hide sums of real numbers: set normalisation to "instance" or "group".')
 
 
 def our_code() -> str:

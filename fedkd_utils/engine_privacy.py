@@ -38,6 +38,9 @@ from fedkd_utils.engine_connections import Connections
 from fedkd_utils.engine_messages import Job, facts_of, from_arrays, numbers_of, record, to_arrays, weights_of
 from fedkd_utils.networks import CheckpointError, State, check_finite
 
+#: Masked weights lie within this range; Flower cuts others off and says nothing.
+LARGEST = 8.0
+
 # --- at a hospital
 
 
@@ -76,6 +79,9 @@ def mask_if_asked(message: Message, context: Context, call_next: ClientAppCallab
         if answer["shares"]:
             raise FederationError("Masked updates count all classes the same, but this client does not draw every one.")
         state = weights_of(reply.content)
+        check_finite(state, "The update")  # nobody could reject it when it is masked
+        if any(float(tensor.abs().max()) > LARGEST for tensor in state.values()):
+            raise FederationError(f"A weight of this client is beyond {LARGEST:g}; masked it would be cut there.")
         weight = 1 if Job.from_json(facts["job"]).settings.clip_norm is not None else answer["examples"]
         metrics: dict[str, Any] = {"json": json.dumps(answer), **numbers_of(reply.content)}
         sent = ndarrays_to_parameters([state[name].numpy() for name in names])
@@ -146,11 +152,11 @@ def secure_updates(
         weights, or why there is none.
 
     Raises:
-        FederationError: fewer than two hospitals, or a student with integers.
+        FederationError: fewer than two hospitals.
         CheckpointError: the sum is no student: somebody's update was none, and nobody can say whose.
     """
-    if len(hospitals.nodes) < 2 or not all(tensor.is_floating_point() for tensor in student.values()):
-        raise FederationError("Masks need two hospitals or more, and a student without integer counters.")
+    if len(hospitals.nodes) < 2:
+        raise FederationError("Masks need two hospitals or more.")
     names = {node: client for client, node in hospitals.nodes.items()}
     config: dict[str, Any] = {"json": json.dumps({**facts, "names": list(student)})}
     sent = ndarrays_to_parameters([tensor.numpy() for tensor in student.values()])
@@ -173,7 +179,9 @@ def secure_updates(
     context.state.config_records[MAIN_CONFIGS_RECORD] = ConfigRecord({"current_round": hospitals.number})
     context.state.array_records[MAIN_PARAMS_RECORD] = recorddict_compat.parameters_to_arrayrecord(sent, True)
     largest = 1.0 if hospitals.order.job.settings.clip_norm is not None else float(max(hospitals.examples.values()))
-    workflow = SecAggPlusWorkflow(num_shares=1.0, reconstruction_threshold=0.5, max_weight=largest)
+    workflow = SecAggPlusWorkflow(
+        num_shares=1.0, reconstruction_threshold=0.5, max_weight=largest, clipping_range=LARGEST
+    )
     counted: Any = SimpleNamespace(send_and_receive=send_and_receive)
     workflow(counted, context)
     if not strategy.results:

@@ -131,7 +131,9 @@ class _Session:
             load_state(network, self.teacher, "The teacher")
         run = begin(self.settings, self.job.method, plan.sites, network, self.job.seed)
         run.teacher = None  # it lies at the hospitals
-        if self.job.method.distils:  # else it is the first student
+        if self.job.method.starts_at_teacher:  # it goes out as the first student
+            run.ledger = Ledger([{**line, "what": "student"} for line in run.ledger.entries])
+        else:
             run.ledger = Ledger([line for line in run.ledger.entries if line["what"] != "teacher"])  # noted when sent
         return run
 

@@ -269,7 +269,7 @@ def _check_run(
         check_site(site, method)
     if method.needs_teacher and teacher is None:
         raise FederationError(f"{method.title!r} needs a teacher: get one with teacher.teacher_for.")
-    _check_messages(method, method.adapt(settings), sites, teacher_update)
+    check_messages(method, method.adapt(settings), sites, teacher_update)
     shrunk = method.adapt(settings).student_shrink != 1
     if shrunk and (method.starts_at_teacher or (method.distils and teacher_update.kind != "frozen")):
         raise FederationError(
@@ -279,7 +279,7 @@ def _check_run(
     return method
 
 
-def _check_messages(
+def check_messages(
     method: Method, settings: Settings, sites: Sequence[SiteData], teacher_update: TeacherUpdate
 ) -> None:
     """Refuse compression and noise where they would not do what they say."""

@@ -58,7 +58,7 @@ def run(row: str, folder: Path, grid: LocalGrid | None = None, **more: Any) -> A
     return federate(grid, made, STATE if made.job.teacher else None)
 
 
-@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt", "finetune", "combined_kd"])
+@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt", "finetune", "fedprox", "combined_kd"])
 def test_the_engine_gives_every_weight_of_the_simulation(row: str, tmp_path: Path) -> None:
     expected = federation.run_federation(TWO, row, SITES, TEACHER, 0)
     result, report = run(row, tmp_path)
@@ -69,6 +69,8 @@ def test_the_engine_gives_every_weight_of_the_simulation(row: str, tmp_path: Pat
         map(repr, map(sorted, map(dict.items, numbers(expected))))
     )
     assert not report.happened("rejected") and not report.happened("no update")
+    assert result.ledger.total("down") == expected.ledger.total("down")
+    assert bool(report.happened("teacher received")) == ROWS[row].distils
 
 
 def test_both_sides_count_the_same_bytes_and_the_teacher_goes_out_once(tmp_path: Path) -> None:
@@ -259,8 +261,8 @@ def test_a_teacher_of_some_classes_travels_with_what_it_was_taught(tmp_path: Pat
         ("teacher_only", {}, "averages no students"),
         ("pooled", {}, "all data in one place"),
         ("fedbn", {}, "chooses a model for each client"),
+        (next(row for row in ROWS if ROWS[row].ends_alone), {}, "chooses a model for each client"),
         ("ssfl_published", {}, "within groups"),
-        ("chosen_finetune", {}, "chooses a model for each client"),
         ("fedavg", {"compression": "int8"}, "compression 'int8'"),
         ("fedavg", {"noise_multiplier": 1.0}, "noise_multiplier needs clip_norm"),
     ],
@@ -281,6 +283,8 @@ def test_a_teacher_that_moves_is_refused() -> None:
         check_job(Job("dual_kd", TWO, 0, "a"), TeacherUpdate("hand_over"))
     with pytest.raises(FederationError, match="needs a teacher"):
         check_job(Job("dual_kd", TWO, 0))
+    with pytest.raises(FederationError, match="Masks hide sums of real numbers"):
+        check_job(Job("fedavg", replace(TWO, normalisation="batch"), 0, secure=True))
 
 
 def test_who_does_not_belong_is_not_admitted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from flwr.app import Message
 from test_engine import NAMES, STATE, TWO, disturbed, order, run
 from test_federation import SITES, TEACHER, TINY, equal
 
-from fedkd_utils import federation, server
+from fedkd_utils import engine_privacy, federation, server
 from fedkd_utils.clients import FederationError
 from fedkd_utils.engine_local import local_grid
 from fedkd_utils.engine_messages import TRAIN, payload_bytes
@@ -116,6 +116,13 @@ def test_a_client_with_partial_labels_does_not_mask(tmp_path: Path) -> None:
     only_south: dict[str, Any] = {"settings": replace(ONE, clip_norm=1.0), "least": 1, "join_s": 0.5}
     with pytest.raises(FederationError, match="0 hospitals sent a usable"):
         run("fedavg", tmp_path / "clip", local_grid(partial[:1], tmp_path / "clip"), **only_south)
+
+
+def test_a_weight_that_the_masks_would_cut_off_is_not_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_privacy, "LARGEST", 0.01)
+    with pytest.raises(FederationError, match="0 hospitals sent a usable"):
+        secure("fedavg", tmp_path, ONE)
+    assert "masked it would be cut there" in (tmp_path / "server" / "report.json").read_text()
 
 
 def test_masks_and_clipping_go_together(tmp_path: Path) -> None:
