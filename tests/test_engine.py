@@ -58,7 +58,7 @@ def run(row: str, folder: Path, grid: LocalGrid | None = None, **more: Any) -> A
     return federate(grid, made, STATE if made.job.teacher else None)
 
 
-@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt", "finetune", "fedprox", "combined_kd"])
+@pytest.mark.parametrize("row", ["dual_kd", "fedavg", "uamt", "finetune", "fedprox"])
 def test_the_engine_gives_every_weight_of_the_simulation(row: str, tmp_path: Path) -> None:
     expected = federation.run_federation(TWO, row, SITES, TEACHER, 0)
     result, report = run(row, tmp_path)
