@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from fedkd_utils import engine_recorded
+from fedkd_utils.provenance import NUMBERS
+from fedkd_utils.settings import QUICK
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "hospital.md").read_text(encoding="utf-8")
 BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", PAGE, re.S) for kind in ("bash", "python")}
@@ -63,6 +67,18 @@ def test_the_python_of_the_page_names_what_is_there() -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
             assert hasattr(names[node.value.id], node.attr), ast.unparse(node)
+
+
+def test_what_was_recorded_of_the_engine_is_not_stale() -> None:
+    facts = engine_recorded.recorded()
+    assert facts["numbers"] == NUMBERS and facts["command"] == "python -m fedkd_utils bench engine"
+    for found, wanted in (
+        (facts["lesson"]["settings"], engine_recorded.LESSON),
+        (facts["settings"], replace(QUICK, rounds=facts["settings"]["rounds"])),
+    ):
+        assert found == json.loads(json.dumps(asdict(wanted))), "make it again with the command that it names"
+    assert all(line["largest_difference_of_a_weight"] == 0 for line in facts["overhead"])
+    assert "host" not in facts["machine"] and not re.search(r"/(?:root|work|home|tmp)/", json.dumps(facts))
 
 
 def test_the_numbers_of_the_page_were_recorded() -> None:
