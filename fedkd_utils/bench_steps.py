@@ -206,9 +206,7 @@ def profile(effort: Effort) -> list[Line]:
             if repeat:  # the first one warms up
                 shares.setdefault(name, []).append(seconds / whole)
     targets = {"data": DATA}
-    lines = [
-        line(f"share of a step: {name}", "share", own, at_most=targets.get(name)) for name, own in shares.items()
-    ]
+    lines = [line(f"share of a step: {name}", "share", own, at_most=targets.get(name)) for name, own in shares.items()]
     return lines + _convolutions(effort, settings, site)
 
 

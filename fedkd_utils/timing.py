@@ -63,8 +63,10 @@ def line(
     """
     if len(samples) == 0:
         raise ValueError(f"{what}: nothing was measured; at least one repeat is needed.")
-    low, median, high = np.percentile(samples, [5, 50, 95], method="lower") if math.inf in samples else np.percentile(
-        samples, [5, 50, 95]
+    low, median, high = (
+        np.percentile(samples, [5, 50, 95], method="lower")
+        if math.inf in samples
+        else np.percentile(samples, [5, 50, 95])
     )
     return Line(what, unit, float(median), float(low), float(high), len(samples), at_most, at_least)
 
