@@ -1,4 +1,4 @@
-"""How fast the viewer answers, measured in JupyterLab in a headless browser: ``python -m fedkd_utils bench viewer``."""
+"""Benchmark: how fast the viewer answers, in JupyterLab in a headless browser."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedkd_utils import browser
+from fedkd_utils.timing import Effort, Line, line
 
 SHAPE = (160, 384, 384)
 
@@ -60,18 +59,18 @@ _FRAMES = """async (moves) => {
 }"""
 
 
-def measure(shape: tuple[int, int, int] = SHAPE, moves: int = 40) -> dict[str, float]:
-    """Milliseconds from a move to its picture: the median and the 95th percentile, by what was moved.
+def viewer(effort: Effort) -> list[Line]:
+    """Milliseconds from a move to its picture, by what was moved, with a volume of full size.
 
     Raises:
         NoBrowser: no Chromium, or no Playwright.
     """
     browser.find_browser()
-    found: dict[str, float] = {}
+    shape, moves = ((40, 96, 96), 10) if effort.quick else (SHAPE, 40)
+    found: list[Line] = []
 
     def keep(name: str, times: list[float]) -> None:
-        found[f"{name}, median"] = float(np.median(times))
-        found[f"{name}, 95th percentile"] = float(np.percentile(times, 95))
+        found.append(line(name, "ms", times))
 
     with tempfile.TemporaryDirectory() as folder:
         cells = [cell.format(shape=shape) for cell in _CELLS]
@@ -105,10 +104,3 @@ def _drag(page: Any, moves: int) -> list[float]:
         times.append(1000 * (time.perf_counter() - start))
     page.mouse.up()
     return times
-
-
-def report() -> None:
-    """Measure and print."""
-    print(f"a volume of {' x '.join(map(str, SHAPE))} voxels, from a move to its picture")
-    for name, milliseconds in measure().items():
-        print(f"{name:45s} {milliseconds:6.1f} ms")
