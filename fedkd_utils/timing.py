@@ -39,7 +39,7 @@ class Line:
     median: float  # infinite: never
     low: float  # 5th percentile
     high: float  # 95th percentile
-    repeats: int
+    repeats: int  # of results: seeds
     at_most: float | None = None  # the target
     at_least: float | None = None
 
@@ -63,11 +63,7 @@ def line(
     """
     if len(samples) == 0:
         raise ValueError(f"{what}: nothing was measured; at least one repeat is needed.")
-    low, median, high = (
-        np.percentile(samples, [5, 50, 95], method="lower")
-        if math.inf in samples
-        else np.percentile(samples, [5, 50, 95])
-    )
+    low, median, high = np.percentile(samples, [5, 50, 95])
     return Line(what, unit, float(median), float(low), float(high), len(samples), at_most, at_least)
 
 
