@@ -14,7 +14,8 @@ from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import PROFILES
 
 RESULTS = PROJECT / "data" / "results"
-FOLDERS = sorted(path.name for path in RESULTS.iterdir())
+#: Of the profiles; the benchmark has one of its own.
+FOLDERS = sorted(path.name for path in RESULTS.iterdir() if path.name != "bench")
 #: Beside the records: the tuned learning rates, the measured seconds.
 OTHERS = {"learning_rates.json", "seconds.json"}
 RATES = json.loads((RESULTS / "reference" / "learning_rates.json").read_bytes())
