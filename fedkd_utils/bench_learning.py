@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,6 @@ RIVAL_NETWORKS: dict[str, Callable[[], nn.Module]] = {
         [*_STRIDES],
         filters=[8, 16, 32, 64],
     ),
-    "V-Net of the release": lambda: Padded(build_network(_VNET, 0).body, 16),
 }
 
 
@@ -83,10 +83,18 @@ def networks_by_name() -> dict[str, Callable[[], TappedNetwork]]:
         bias = [m.bias for m in last if m.bias is not None and len(m.bias) == _COUNT][-1]
         with torch.no_grad():
             bias.copy_(torch.tensor(CLASS_FREQUENCY).log())
-        return TappedNetwork(body, {"all": ""}, "all", (1, 1, 1))
+        return _any_grid(body)
 
-    others = {name: (lambda make=make: wrapped(make)) for name, make in RIVAL_NETWORKS.items()}
-    return {"the course's network": lambda: build_network(QUICK, seed_of(0, "network")), **others}
+    seed = seed_of(0, "network")
+    return {
+        "the course's network": lambda: build_network(QUICK, seed),
+        **{name: partial(wrapped, make) for name, make in RIVAL_NETWORKS.items()},
+        "V-Net of the release": lambda: _any_grid(Padded(build_network(_VNET, seed).body, 16)),
+    }
+
+
+def _any_grid(body: nn.Module) -> TappedNetwork:
+    return TappedNetwork(body, {"all": ""}, "all", (1, 1, 1))
 
 
 def networks(effort: Effort) -> list[Line]:
