@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 BIN = .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run pages test lab results notebooks hospitals demo clean
+.PHONY: help setup run pages test lab results bench notebooks hospitals demo clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,6 +56,9 @@ results: setup  ## tune every row, run every grid of the reference profile, prin
 	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
 	@$(BIN)/python -m fedkd_utils seconds --profile reference
 	@$(BIN)/python -m fedkd_utils results --profile reference
+
+bench: setup  ## measure everything side by side into data/results/bench; leave the machine alone meanwhile
+	@$(BIN)/python -m fedkd_utils bench
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them
 	@$(BIN)/python -m fedkd_utils notebooks

@@ -53,14 +53,25 @@ def _glossary(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.what == "engine":
+    if arguments.part == ["engine"]:  # an extra, with a record of its own
         _need_engine()
         from fedkd_utils import engine_bench
 
         return engine_bench.report()
-    from fedkd_utils import bench
+    from fedkd_utils import bench, timing
 
-    bench.report()
+    effort = timing.QUICK if arguments.quick else timing.FULL
+    effort = replace(
+        effort, repeats=arguments.repeats or effort.repeats, training=arguments.training or effort.training
+    )
+    words = ["python -m fedkd_utils bench"]
+    words += ["--quick"] * arguments.quick + arguments.part
+    words += [f"--{name} {getattr(arguments, name)}" for name in ("repeats", "training") if getattr(arguments, name)]
+    facts = bench.run(arguments.part, effort, " ".join(words))
+    if arguments.out or bench.is_whole(facts):
+        print(f"\nwritten: {bench.write(facts, arguments.out or bench.FILE)}")
+    else:
+        print("\nNothing was written: only a whole run has its place; name one with --out.")
 
 
 def _need_engine() -> None:
@@ -308,8 +319,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--seed", type=int, default=0)
     command("glossary", _glossary, "link each term of the glossary where a notebook uses it first")
-    sub = command("bench", _bench, "measure how fast the viewer answers, or what the engine costs")
-    sub.add_argument("what", choices=["viewer", "engine"])
+    sub = command("bench", _bench, "measure everything side by side: steps, networks, simulation, growth, phantom")
+    sub.add_argument(
+        "part", nargs="*", help="only these, or what is on request (viewer, engine ...): an unknown name lists them"
+    )
+    sub.add_argument("--quick", action="store_true", help="the smallest sizes, to see that it runs")
+    sub.add_argument("--repeats", type=int, help="of what is compared (default: 7)")
+    sub.add_argument("--training", type=float, help="CPU seconds in which each network is trained (default: 20)")
+    sub.add_argument("--out", type=Path, help="the file to write (default: data/results/bench, for a whole run)")
     sub = command("cohort", _cohort, "make the knees as NIfTI files and say where they are")
     profile(sub)
     sub.add_argument("--setting", nargs="+", choices=SETTINGS_OF_CLIENTS, default=list(SETTINGS_OF_CLIENTS))

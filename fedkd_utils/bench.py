@@ -1,114 +1,174 @@
-"""How fast the viewer answers, measured in JupyterLab in a headless browser: ``python -m fedkd_utils bench viewer``."""
+"""The benchmark: everything side by side in one run, a table and a file: ``python -m fedkd_utils bench``."""
 
 from __future__ import annotations
 
-import tempfile
+import dataclasses
+import json
+import math
+import os
 import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
-from fedkd_utils import browser
+from fedkd_utils import bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
+from fedkd_utils.device import compute_device, device_title
+from fedkd_utils.files import write_atomically
+from fedkd_utils.notebooks import PROJECT
+from fedkd_utils.provenance import versions
+from fedkd_utils.settings import entry_named
+from fedkd_utils.timing import FULL, Effort, Line
 
-SHAPE = (160, 384, 384)
+#: Where a whole run leaves its numbers.
+FILE = PROJECT / "data" / "results" / "bench" / "bench.json"
 
-_CELLS = [
-    """import numpy as np
-from fedkd_utils import acquisition, surfaces, transforms, viewer
-shape = {shape}
-x, y, z = np.ogrid[-1:1:{shape[0]}j, -1:1:{shape[1]}j, -1:1:{shape[2]}j]
-distance = np.sqrt(x**2 + y**2 + z**2)
-image = (np.cos(12 * distance) + np.random.default_rng(0).normal(0, 0.1, shape)).astype(np.float32)
-truth = np.zeros(shape, np.uint8)
-for value, radius in ((1, 0.7), (2, 0.5), (3, 0.3)):
-    truth[np.abs(distance - radius) < 0.03] = value
-methods = {{name: np.roll(truth, k, 1) for k, name in ((2, "A"), (4, "B"), (6, "C"))}}""",
-    "_ = viewer.show_volume(image, truth, (0.7, 0.4, 0.4))",
-    "_ = viewer.show_comparison(image, methods, truth, (0.7, 0.4, 0.4))",
-    "knee = acquisition.scan(4, acquisition.SCANNERS['pd_fs'], 1)\n"
-    "label, affine = transforms.to_ras(knee.label, knee.affine)\n"
-    "two = {{'truth': label, 'moved': np.roll(label, 1, 1)}}\n"
-    "_ = surfaces.show_surfaces(two, transforms.voxel_sizes_mm(affine))",
-]
-
-#: Moves a slider and waits for the frame that shows its slice, pixels read back; gives milliseconds.
-_MOVES = """async ([number, slider, moves]) => {
-  const root = document.querySelectorAll(".fedkd-viewer")[number];
-  const input = root.querySelector(slider), canvas = root.querySelector("canvas"), times = [];
-  const [low, high] = [Number(input.min), Number(input.max)];
-  for (let k = 0; k < moves; k++) {
-    input.value = low + ((high - low) * ((k * 7) % moves)) / moves;
-    const start = performance.now();
-    input.dispatchEvent(new Event("input"));
-    await new Promise(requestAnimationFrame);
-    canvas.getContext("2d").getImageData(0, 0, 1, 1);
-    times.push(performance.now() - start);
-  }
-  return times;
-}"""
+#: Significant digits in the file.
+DIGITS = 4
 
 
-_FRAMES = """async (moves) => {
-  const times = [];
-  for (let k = 0; k < moves; k++) {
-    const start = performance.now();
-    await new Promise(requestAnimationFrame);
-    times.push(performance.now() - start);
-  }
-  return times;
-}"""
+@dataclass(frozen=True)
+class Part:
+    """Some measurements that are made in one go."""
+
+    measure: Callable[[Effort], list[Line]]
+    on_request: bool = False  # it takes long, or needs what is not everywhere
 
 
-def measure(shape: tuple[int, int, int] = SHAPE, moves: int = 40) -> dict[str, float]:
-    """Milliseconds from a move to its picture: the median and the 95th percentile, by what was moved.
+#: The parts, in the order of a run. An engine that runs the same federation elsewhere adds its own line here.
+PARTS: dict[str, Part] = {
+    "steps": Part(bench_steps.steps),
+    "profile": Part(bench_steps.profile),
+    "networks": Part(bench_learning.networks),
+    "simulation": Part(bench_growth.simulation),
+    "growth": Part(bench_growth.growth),
+    "reach": Part(bench_learning.reach),
+    "phantom": Part(bench_volumes.phantom),
+    "inference": Part(bench_volumes.inference, on_request=True),
+    "viewer": Part(bench_viewer.viewer, on_request=True),
+}
+
+
+def chosen_parts(names: Sequence[str], parts: Mapping[str, Part] = PARTS) -> list[str]:
+    """The parts of these names in the order of a run; without any name those that are not on request.
 
     Raises:
-        NoBrowser: no Chromium, or no Playwright.
+        ValueError: there is none of a name; names those that there are.
     """
-    browser.find_browser()
-    found: dict[str, float] = {}
-
-    def keep(name: str, times: list[float]) -> None:
-        found[f"{name}, median"] = float(np.median(times))
-        found[f"{name}, 95th percentile"] = float(np.percentile(times, 95))
-
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [cell.format(shape=shape) for cell in _CELLS]
-        browser.write_notebook(Path(folder) / "bench.ipynb", cells)
-        with browser.jupyter_lab(Path(folder)) as address, browser.page_of() as (page, _):
-            browser.open_and_run(page, address, "bench.ipynb")
-            page.wait_for_function("() => document.querySelectorAll('.fedkd-viewer canvas').length === 8")
-            keep("nothing: an empty frame of this browser", page.evaluate(_FRAMES, moves))
-            for number, mode in enumerate(("three planes", "compare, 5 pictures")):
-                for slider in ("slice-0", "slice-1", "slice-2", "level"):
-                    times = page.evaluate(_MOVES, [number, f"input.{slider}", moves])
-                    keep(f"{mode}, {slider}", times)
-            keep("surfaces, 2 scenes, drag", _drag(page, moves // 2))
-    return found
+    for name in names:
+        entry_named(parts, name, "part of the benchmark")
+    return [name for name, part in parts.items() if (name in names if names else not part.on_request)]
 
 
-def _drag(page: Any, moves: int) -> list[float]:
-    """Turns the first scene; milliseconds from every move of the mouse to the next frame."""
-    plot = page.locator(".js-plotly-plot").first
-    plot.scroll_into_view_if_needed()
-    page.wait_for_selector(".js-plotly-plot canvas")
-    box = plot.bounding_box()
-    x, y = box["x"] + box["width"] / 4, box["y"] + box["height"] / 2
-    page.mouse.move(x, y)
-    page.mouse.down()
-    times = []
-    for k in range(moves):
-        start = time.perf_counter()
-        page.mouse.move(x + 4 * k, y)
-        page.evaluate("() => new Promise(requestAnimationFrame)")
-        times.append(1000 * (time.perf_counter() - start))
-    page.mouse.up()
-    return times
+def run(
+    names: Sequence[str] = (),
+    effort: Effort = FULL,
+    command: str = "python -m fedkd_utils bench",
+    parts: Mapping[str, Part] = PARTS,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure, print each part's table as soon as it is there, and return everything with its provenance.
+
+    Computes on the CPU with one thread, whatever else the process uses.
+
+    Raises:
+        ValueError: an unknown part; nothing is measured.
+    """
+    chosen = chosen_parts(names, parts)
+    threads, named = torch.get_num_threads(), os.environ.get("FEDKD_DEVICE")
+    torch.set_num_threads(1)
+    os.environ["FEDKD_DEVICE"] = "cpu"
+    facts: dict[str, Any] = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "effort": dataclasses.asdict(effort),
+        "versions": versions(),
+        "machine": records.machine(None) | {"device": device_title(compute_device())},
+        "load": _load(),
+        "parts": {},
+    }
+    try:
+        for name in chosen:
+            start = time.perf_counter()
+            lines = parts[name].measure(effort)
+            seconds = time.perf_counter() - start
+            say(f"\n{table(name, lines)}\n({seconds:.0f} s)")
+            facts["parts"][name] = {"seconds": seconds, "lines": [_packed(one) for one in lines]}
+    finally:
+        torch.set_num_threads(threads)
+        if named is None:
+            del os.environ["FEDKD_DEVICE"]
+        else:
+            os.environ["FEDKD_DEVICE"] = named
+    return facts
 
 
-def report() -> None:
-    """Measure and print."""
-    print(f"a volume of {' x '.join(map(str, SHAPE))} voxels, from a move to its picture")
-    for name, milliseconds in measure().items():
-        print(f"{name:45s} {milliseconds:6.1f} ms")
+def _load() -> float | None:
+    """Processes that wanted a core in the last minute when the run began: above 0 others were at work."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def is_whole(facts: Mapping[str, Any], parts: Mapping[str, Part] = PARTS) -> bool:
+    """Whether a run had every part that is not on request, and was not a quick one."""
+    return not facts["effort"]["quick"] and set(chosen_parts((), parts)) <= set(facts["parts"])
+
+
+def table(title: str, lines: Sequence[Line]) -> str:
+    """Lines as text: the median, between which values 9 of 10 repeats lie, and the target."""
+    width = max([len(one.what) for one in lines] + [len(title)])
+    rows = [f"{title:{width}s} {'median':>9s} {'5 %':>9s} {'95 %':>9s}"]
+    for one in lines:
+        spread = [_number(one.low), _number(one.high)] if one.repeats > 1 else ["", ""]
+        numbers = " ".join(f"{text:>9s}" for text in (_number(one.median), *spread))
+        rows.append(f"{one.what:{width}s} {numbers}  {one.unit}{_target(one)}".rstrip())
+    return "\n".join(rows)
+
+
+def _number(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.4g}"
+
+
+def _target(one: Line) -> str:
+    words = [("at most", one.at_most), ("at least", one.at_least)]
+    verdict = "met" if one.met else "missed"
+    return "".join(f"  ({word} {value:g}: {verdict})" for word, value in words if value is not None)
+
+
+def _packed(one: Line) -> dict[str, Any]:
+    facts = dataclasses.asdict(one) | {"met": one.met}
+    kept = {name: _rounded(value) for name, value in facts.items() if value is not None}
+    return kept
+
+
+def _rounded(value: Any) -> Any:
+    """As JSON holds it: four digits, and null for what is infinite."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def write(facts: Mapping[str, Any], path: Path = FILE) -> Path:
+    """Write a run, completely or not at all, one line of text per measured quantity."""
+    head = {name: value for name, value in facts.items() if name != "parts"}
+    lines = [f" {json.dumps(name)}: {json.dumps(_tidy(value), allow_nan=False)}" for name, value in head.items()]
+    parts = []
+    for name, part in facts["parts"].items():
+        own = ",\n".join(f"   {json.dumps(one, allow_nan=False)}" for one in part["lines"])
+        parts.append(f'  {json.dumps(name)}: {{"seconds": {part["seconds"]:.0f}, "lines": [\n{own}\n  ]}}')
+    lines.append(' "parts": {\n' + ",\n".join(parts) + "\n }")
+    return write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _tidy(value: Any) -> Any:
+    return {name: _tidy(inner) for name, inner in value.items()} if isinstance(value, dict) else _rounded(value)
+
+
+def medians(facts: Mapping[str, Any]) -> dict[str, float | None]:
+    """The median of every line of a file, by "part: what, unit"; None where it is infinite."""
+    return {
+        f"{name}: {one['what']}, {one['unit']}": one["median"]
+        for name, part in facts["parts"].items()
+        for one in part["lines"]
+    }

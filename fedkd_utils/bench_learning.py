@@ -1,0 +1,181 @@
+"""Benchmark: networks at equal computing time, and what each row had cost when it reached the best rival."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.networks.nets import BasicUNet, DynUNet, SegResNet, UNet
+from torch import Tensor, nn
+
+from fedkd_utils import cohorts, records, runner, statistics
+from fedkd_utils.grids import SEEDS
+from fedkd_utils.methods import RIVALS
+from fedkd_utils.networks import CLASS_FREQUENCY, TappedNetwork, build_network
+from fedkd_utils.notebooks import PROJECT
+from fedkd_utils.records import Record
+from fedkd_utils.seeds import seed_of, seeded
+from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, PROFILES, QUICK, SETTINGS_OF_CLIENTS
+from fedkd_utils.timing import Effort, Line, line
+from fedkd_utils.training import grid_dice, mean_dice, train_supervised
+from fedkd_utils.transforms import Case, SiteData, load_site
+
+#: Every network is trained with each, and counts with the better one on validation.
+RATES = (3e-3, 1e-2)
+
+#: Of the issue: the best rival's final Dice in at most half its time and a quarter of its bytes.
+TIME, BYTES = 0.5, 0.25
+#: The rows that are to do so: the paper's method, and the one with all of ours.
+AIMED = (runner.REFERENCE_ROW, "combined_kd")
+
+
+class Padded(nn.Module):
+    """A network for volumes of any size: noughts are added at the ends up to a multiple, and cut off again."""
+
+    def __init__(self, body: nn.Module, multiple: int) -> None:
+        super().__init__()
+        self.body, self.multiple = body, multiple
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, D, H, W) -> (B, C, D, H, W)."""
+        d, h, w = x.shape[2:]
+        missing = [-size % self.multiple for size in (d, h, w)]
+        padded = nn.functional.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]))
+        out: Tensor = self.body(padded)[:, :, :d, :h, :w]
+        return out
+
+
+_STRIDES = ((1, 2, 2), (2, 2, 2), (2, 2, 2))
+_COUNT = len(CLASS_NAMES)
+_VNET = replace(QUICK, architecture="vnet", grid_shape=(32, 80, 80))
+
+#: Networks with as many parameters as the course's, within a factor of two where their makers' design allows it, for 20
+#: thick slices.
+RIVAL_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "MONAI UNet, as it comes": lambda: UNet(3, 1, _COUNT, (16, 32, 64, 128), _STRIDES),  # type: ignore[arg-type]
+    "BasicUNet": lambda: BasicUNet(3, 1, _COUNT, features=(8, 16, 32, 64, 64, 8)),
+    "SegResNet": lambda: SegResNet(3, 16, 1, _COUNT, blocks_down=(1, 2, 2), blocks_up=(1, 1)),
+    "DynUNet": lambda: DynUNet(
+        3,
+        1,
+        _COUNT,
+        [3] * 4,
+        [1, *_STRIDES],
+        [*_STRIDES],
+        filters=[8, 16, 32, 64],
+    ),
+}
+
+
+def networks_by_name() -> dict[str, Callable[[], TappedNetwork]]:
+    """The course's network and the others, each with initial weights from one seed and the same last bias."""
+
+    def wrapped(make: Callable[[], nn.Module]) -> TappedNetwork:
+        with seeded(seed_of(0, "network")):
+            body = make()
+        last = [m for m in body.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d)) and m.bias is not None]
+        bias = [m.bias for m in last if m.bias is not None and len(m.bias) == _COUNT][-1]
+        with torch.no_grad():
+            bias.copy_(torch.tensor(CLASS_FREQUENCY).log())
+        return _any_grid(body)
+
+    seed = seed_of(0, "network")
+    return {
+        "the course's network": lambda: build_network(QUICK, seed),
+        **{name: partial(wrapped, make) for name, make in RIVAL_NETWORKS.items()},
+        "V-Net of the release": lambda: _any_grid(Padded(build_network(_VNET, seed).body, 16)),
+    }
+
+
+def _any_grid(body: nn.Module) -> TappedNetwork:
+    return TappedNetwork(body, {"all": ""}, "all", (1, 1, 1))
+
+
+def networks(effort: Effort) -> list[Line]:
+    """Dice of each network on the repository's test volumes after the same CPU seconds of training, quick profile.
+
+    How many steps fit is measured first; validation, which chooses the step and the learning rate, is not counted.
+    """
+    data = load_site(cohorts.make_repository(QUICK, QUICK.teacher_contrast), QUICK)
+    lines = []
+    for name, make in networks_by_name().items():
+        _trained(make(), data, 2, RATES[0])
+        step = _trained(make(), data, 4, RATES[0])[0] / 4
+        best, dice = -1.0, np.full((1, len(CARTILAGES)), np.nan)
+        for rate in RATES:
+            network = make()
+            _, chosen = _trained(network, data, max(round(effort.training / step), 5), rate, data.validation)
+            if chosen > best:
+                best, dice = chosen, grid_dice(network, data.test)
+        size = sum(parameter.numel() for parameter in make().parameters())
+        lines.append(line(f"{name}: Dice after {effort.training:g} CPU s", "Dice", [mean_dice(dice)]))
+        lines.append(line(f"{name}: the thinnest, {CLASS_NAMES[3]}", "Dice", [mean_dice(dice[:, 2:])]))
+        lines.append(line(f"{name}: a step", "CPU ms", [1000 * step]))
+        lines.append(line(f"{name}: parameters", "thousand", [size / 1000]))
+    return lines
+
+
+def _trained(
+    network: TappedNetwork, data: SiteData, steps: int, rate: float, validation: Sequence[Case] = ()
+) -> tuple[float, float]:
+    """Train in place; CPU seconds, and the best Dice on validation."""
+    start = time.thread_time()
+    log = train_supervised(
+        network,
+        data.labelled_images,
+        data.labels,
+        steps=steps,
+        batch=QUICK.batch_labelled,
+        learning_rate=rate,
+        weight_decay=QUICK.weight_decay,
+        seed=0,
+        validation=validation,
+        validate_every=max(steps // 5, 1),
+    )
+    return time.thread_time() - start, log.best_dice
+
+
+def reach(effort: Effort, folder: Path | None = None) -> list[Line]:
+    """Seconds and bytes with which each row reaches the best rival's final validation Dice, from committed results.
+
+    Only seeds that all rows share count, whose number the line says; a row that never gets there has no number.
+    """
+    profile = PROFILES["reference"]
+    folder = folder or runner.results_folder(PROJECT, profile)
+    points = runner.points_of("rows", profile, folder, SEEDS) + runner.points_of("beyond", profile, folder, SEEDS)
+    done = runner.standing(points, profile, folder).done
+    if runner.seconds_file(folder).is_file():
+        done = dict(zip(done, records.with_seconds(done.values(), runner.seconds_file(folder)), strict=True))
+    lines = []
+    for setting in SETTINGS_OF_CLIENTS:
+        lines += reach_lines(setting, records.shared_seeds(records.by_row(done, setting)))
+    return lines
+
+
+def reach_lines(setting: str, runs: Mapping[str, Sequence[Record]]) -> list[Line]:
+    """The lines of one setting: each row, then against the rival; nothing where no rival has been run."""
+    rivals = [row for row in RIVALS if row in runs]
+    if not rivals:
+        return []
+    rival = statistics.best_rival(runs, rivals)
+    dice = statistics.final_dice(runs[rival])
+    table = statistics.reach_table(runs, dice).set_index("row")
+    lines = [line(f"{setting}: final validation Dice of {rival}, the best rival", "Dice", [dice])]
+    for what, unit, goal in (("seconds", "CPU s", TIME), ("mb", "MB", BYTES)):
+        for row in table.index:
+            count = int(table.loc[row, "runs"])
+            own = float(table.loc[row, what])
+            lines.append(Line(f"{setting}: {row} reaches it after", unit, own, own, own, count))
+        to_beat = float(table.loc[rival, what])
+        for row in table.index.drop(rival):
+            ratio = float(table.loc[row, what]) / to_beat if to_beat > 0 else math.inf
+            target = goal if row in AIMED else None
+            name = f"{setting}: {row} / {rival}, {unit}"
+            lines.append(Line(name, "ratio", ratio, ratio, ratio, int(table.loc[row, "runs"]), target))
+    return lines

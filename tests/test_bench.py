@@ -1,0 +1,301 @@
+"""The benchmark: its arithmetic from clocks that are not real, its file, its refusals. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import TINY
+from torch import nn
+
+from fedkd_utils import bench, bench_growth, bench_learning, bench_steps, timing
+from fedkd_utils.__main__ import main
+from fedkd_utils.bench import Part
+from fedkd_utils.federation import run_federation
+from fedkd_utils.networks import build_network, copy_state, nbytes
+from fedkd_utils.objectives import Batch, dual_distillation
+from fedkd_utils.seeds import seed_of
+from fedkd_utils.settings import CARTILAGES, QUICK
+from fedkd_utils.teacher import freeze, teacher_signals
+from fedkd_utils.timing import Effort, Line
+
+ONE = Effort(1, 0.1, True)
+
+
+class Machine:
+    """A clock that only work moves."""
+
+    def __init__(self):
+        self.now, self.done = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def work(self, name, *seconds):
+        left = list(seconds)
+
+        def run():
+            self.done.append(name)
+            self.now += left.pop(0)
+
+        return run
+
+
+def test_cases_are_measured_in_turn_after_one_that_does_not_count():
+    machine = Machine()
+    cases = {"a": machine.work("a", 100, 2, 4, 6), "b": machine.work("b", 100, 1, 1, 2)}
+    seconds = timing.in_turn(cases, 3, machine.clock)
+    assert machine.done == list("abababab")
+    assert seconds == {"a": [2, 4, 6], "b": [1, 1, 2]}
+    assert timing.ratios(seconds["a"], seconds["b"]) == [2, 4, 3]
+
+
+def test_a_ratio_is_that_of_pairs_not_of_medians():
+    machine = Machine()  # it becomes ten times slower on the way
+    seconds = timing.in_turn({"a": machine.work("a", 0, 3, 30), "b": machine.work("b", 0, 2, 20)}, 2, machine.clock)
+    assert timing.ratios(seconds["a"], seconds["b"]) == [1.5, 1.5]
+    with pytest.raises(ValueError):
+        timing.ratios([1.0, 2.0], [1.0])
+
+
+def test_a_line_holds_median_and_spread():
+    one = timing.line("x", "s", [*range(101)])
+    assert (one.low, one.median, one.high, one.repeats) == (5, 50, 95, 101)
+    with pytest.raises(ValueError, match="x: nothing was measured"):
+        timing.line("x", "s", [])
+
+
+@pytest.mark.parametrize(
+    ("median", "at_most", "at_least", "met"),
+    [(1.0, None, None, None), (1.0, 1.0, None, True), (1.1, 1.0, None, False), (1.7, None, 1.7, True)]
+    + [(1.6, None, 1.7, False), (math.inf, 0.5, None, False)],
+)
+def test_a_target_is_met_or_missed(median, at_most, at_least, met):
+    one = Line("x", "ratio", median, median, median, 1, at_most, at_least)
+    assert one.met is met
+    text = bench.table("part", [one])
+    assert ("missed" in text, ": met" in text) == (met is False, met is True)
+
+
+def test_the_peak_of_memory_is_in_bytes():
+    before = timing.peak_bytes()
+    held = np.ones(before // 8 + 1_000_000)
+    assert timing.peak_bytes() >= max(before, held.nbytes)
+
+
+# The run and its file
+
+
+def parts(**measured):
+    return {name: Part(lambda effort, lines=lines: lines) for name, lines in measured.items()}
+
+
+def test_a_run_says_and_keeps_every_line(tmp_path):
+    lines = [
+        Line("a step", "ms", 1.23456, 1.0, 2.0, 3),
+        Line("reached after", "s", math.inf, math.inf, math.inf, 1, 0.5),
+    ]
+    said = []
+    facts = bench.run(effort=ONE, command="these words", parts=parts(one=lines, two=lines[:1]), say=said.append)
+    read = json.loads(bench.write(facts, tmp_path / "new" / "bench.json").read_text())
+    assert list(read["parts"]) == ["one", "two"] and read["command"] == "these words"
+    assert read["effort"] == {"repeats": 1, "training": 0.1, "quick": True}
+    assert {"date", "versions", "machine", "load"} <= read.keys()
+    assert read["parts"]["one"]["lines"] == [
+        {"what": "a step", "unit": "ms", "median": 1.235, "low": 1.0, "high": 2.0, "repeats": 3},
+        {"what": "reached after", "unit": "s", "median": None, "low": None, "high": None, "repeats": 1}
+        | {"at_most": 0.5, "met": False},
+    ]
+    assert bench.medians(read) == {"one: a step, ms": 1.235, "one: reached after, s": None, "two: a step, ms": 1.235}
+    assert len(said) == 2 and "1.235" in said[0] and "never" in said[0] and "missed" in said[0]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    facts = bench.run(effort=ONE, parts=parts(one=[]), say=lambda text: None)
+    path = bench.write(facts, tmp_path / "bench.json")
+    before = path.read_bytes()
+
+    def killed(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(OSError, match="bench.json"):
+        bench.write({**facts, "load": 1.0}, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_machine_is_a_class_and_has_no_name():
+    facts = bench.run(effort=ONE, parts={}, say=print)
+    assert facts["machine"].keys() == {"cores", "processor", "system", "device", "threads", "workers"}
+    assert facts["machine"]["device"] == "cpu" and platform.node() not in facts["machine"].values()
+
+
+def test_threads_and_device_are_put_back_also_after_a_failure(monkeypatch):
+    monkeypatch.delenv("FEDKD_DEVICE", raising=False)
+
+    def fail(effort):
+        assert os.environ["FEDKD_DEVICE"] == "cpu" and torch.get_num_threads() == 1
+        raise RuntimeError("broken")
+
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="broken"):
+        bench.run(effort=ONE, parts={"one": Part(fail)})
+    assert "FEDKD_DEVICE" not in os.environ and torch.get_num_threads() == threads
+
+
+def test_an_unknown_part_is_refused_before_anything_is_measured(capsys):
+    with pytest.raises(ValueError, match=r"no part of the benchmark 'stepps': choose one of steps, profile"):
+        bench.run(["steps", "stepps"], ONE)
+    assert main(["bench", "stepps"]) == 1
+    assert capsys.readouterr().err.startswith("error: There is no part of the benchmark 'stepps'")
+
+
+def test_parts_run_in_their_order_and_some_only_on_request():
+    some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], on_request=True), "c": Part(lambda effort: [])}
+    assert bench.chosen_parts([], some) == ["a", "c"]
+    assert bench.chosen_parts(["c", "b"], some) == ["b", "c"]
+    assert {"inference", "viewer"} == {name for name, part in bench.PARTS.items() if part.on_request}
+
+
+def test_only_a_whole_run_goes_to_the_place_of_the_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
+    for name in bench.PARTS:
+        monkeypatch.setitem(bench.PARTS, name, replace(bench.PARTS[name], measure=lambda effort: []))
+    assert main(["bench", "--quick"]) == 0 and main(["bench", "steps"]) == 0
+    assert not bench.FILE.exists() and "Nothing was written" in capsys.readouterr().out
+    assert main(["bench", "steps", "viewer", "--repeats", "3", "--out", str(tmp_path / "x.json")]) == 0
+    some = json.loads((tmp_path / "x.json").read_bytes())
+    assert some["command"] == "python -m fedkd_utils bench steps viewer --repeats 3"
+    assert some["effort"]["repeats"] == 3 and list(some["parts"]) == ["steps", "viewer"]
+    assert main(["bench"]) == 0
+    whole = json.loads(bench.FILE.read_bytes())
+    assert list(whole["parts"]) == [name for name, part in bench.PARTS.items() if not part.on_request]
+
+
+# What is measured is what is said
+
+
+def test_the_bare_loop_gives_the_weights_of_the_federation():
+    settings = replace(TINY, rounds=1)
+    sites = [bench_steps.noise_site(name, settings, 2, 0) for name in ("east", "west")]
+    ours = run_federation(settings, "fedavg", sites, seed=5, workers=1).models["east"]
+    assert bench_growth.largest_difference(ours, bench_growth.bare_loop(settings, sites, 5, True)) == 0
+    other = bench_growth.bare_loop(settings, sites, 6, False)
+    assert bench_growth.largest_difference(ours, other) > 0
+
+
+def test_asking_at_every_step_costs_nine_passes_a_volume_and_gives_the_same_loss_as_the_same_signals():
+    passed = []
+    teacher = freeze(build_network(TINY, 1))
+    teacher.body.register_forward_hook(lambda module, inputs, output: passed.append(len(inputs[0])))
+    settings = replace(TINY, teacher_passes=8)
+    site = bench_steps.noise_site("x", settings, 2, 2)
+    batch = Batch(site.labelled_images, site.labels, CARTILAGES, site.unlabelled_images, seed=3)
+    asked = bench_steps.asked_at_every_step(teacher).objective(build_network(TINY, 0), batch, 0.5, settings)
+    assert sum(passed) == 9 * len(site.unlabelled_images)
+    said = teacher_signals(teacher, site.unlabelled_images, 8, [seed_of(3, "asked", i) for i in range(2)])
+    told = replace(
+        batch,
+        teacher_probabilities=said.probabilities,
+        teacher_entropy=said.entropy,
+        teacher_features=said.features,
+    )
+    assert asked["loss"] == dual_distillation(build_network(TINY, 0), told, 0.5, settings)["loss"]
+
+
+def test_the_shares_of_a_step_sum_to_one_and_convolutions_are_counted():
+    lines = bench_steps.profile(ONE)
+    shares = {one.what.removeprefix("share of a step: "): one for one in lines if one.what.startswith("share")}
+    assert list(shares) == ["teacher", "data", "student forward", "student backward", "optimiser", "the rest"]
+    assert sum(one.median for one in shares.values()) == pytest.approx(1)
+    assert all(0 < one.median < 1 for one in shares.values())
+    assert [one.what for one in lines if one.at_most is not None] == ["share of a step: data"]
+    assert sum(one.unit == "GFLOP/s" and one.median > 0 for one in lines) == 4
+
+
+def test_what_a_round_sends_is_three_students_a_client():
+    few, more = bench_growth.federations([1, 3])
+    student = nbytes(copy_state(build_network(QUICK, 0)))  # down before training, up, and the average down
+    assert few["student"] == student and (few["sent"], more["sent"]) == (3 * student, 9 * student)
+    volume = 4 * 16 * 16  # 2 labelled images and 1 for validation in 4 bytes a voxel, 2 labels in 8
+    assert more["volumes"] == 3 * volume * (3 * 4 + 2 * 8) and more["peak"] >= few["peak"]
+
+
+def test_growth_is_what_one_more_client_costs():
+    facts = {"clients": 4.0, "seconds": 2.0, "peak": 30e6, "volumes": 10e6, "sent": 6e6, "student": 1e6}
+    more = facts | {"clients": 14.0, "seconds": 7.0, "peak": 75e6, "volumes": 35e6, "sent": 21e6}
+    found = {one.what: one for one in bench_growth.growth_lines([facts, more])}
+    assert found["one more client, a round of one step"].median == 0.5
+    assert found["one more client, memory beyond its volumes"].median == pytest.approx(2.0)  # (40 - 20) / 10 MB
+    assert found["one more client, memory beyond its volumes"].met is False
+    assert found["14 clients, peak memory beyond volumes"].median == pytest.approx(40)
+
+
+@pytest.mark.parametrize("name", list(bench_learning.networks_by_name()))
+def test_every_network_takes_the_slices_of_the_course(name):
+    network = bench_learning.networks_by_name()[name]().eval()
+    with torch.inference_mode():
+        logits = network(torch.randn(1, 1, 20, 32, 32))
+    assert logits.shape == (1, 4, 20, 32, 32)
+    size = sum(p.numel() for p in network.parameters())
+    assert 0.3 < size / sum(p.numel() for p in build_network(QUICK, 0).parameters()) < 2 or "V-Net" in name
+
+
+def test_what_is_padded_is_cut_off_again():
+    class Adds(nn.Module):
+        def forward(self, x):
+            assert x.shape[2:] == (8, 8, 12)
+            return x + 1
+
+    x = torch.randn(1, 1, 5, 8, 9)
+    assert torch.equal(bench_learning.Padded(Adds(), 4)(x), x + 1)
+
+
+@dataclass
+class Run:
+    """As much of a record as the costs need: Dice by round; seconds and bytes of every round."""
+
+    row: str
+    dice: list[float]
+    seconds: float
+    bytes: int
+    seed: int = 0
+    messages: list[dict] = field(init=False)
+
+    def __post_init__(self):
+        self.messages = [{"round": r + 1, "bytes": self.bytes} for r in range(len(self.dice))]
+
+    def history_frame(self):
+        rounds = range(1, len(self.dice) + 1)
+        return pd.DataFrame({"round": rounds, "client": "a", "validation": self.dice, "cpu_seconds": self.seconds})
+
+
+def test_reach_compares_with_the_best_rival():
+    runs = {
+        "uamt": [Run("uamt", [0.2, 0.6, 0.8], 4.0, 10_000_000)],  # the best rival: 0.8 after 12 s and 30 MB
+        "fedsemi": [Run("fedsemi", [0.5, 0.6, 0.7], 2.0, 10_000_000)],
+        "dual_kd": [Run("dual_kd", [0.7, 0.8, 0.9], 2.5, 5_000_000)],  # after 5 s and 10 MB
+    }
+    lines = bench_learning.reach_lines("here", runs)
+    found = {(one.what, one.unit): one for one in lines}
+    assert found["here: final validation Dice of uamt, the best rival", "Dice"].median == pytest.approx(0.8)
+    assert found["here: dual_kd reaches it after", "CPU s"].median == 5
+    assert found["here: dual_kd / uamt, CPU s", "ratio"].median == pytest.approx(5 / 12)
+    assert found["here: dual_kd / uamt, CPU s", "ratio"].met is True
+    assert found["here: dual_kd / uamt, MB", "ratio"].median == pytest.approx(1 / 3)
+    assert found["here: dual_kd / uamt, MB", "ratio"].met is False
+    assert math.isinf(found["here: fedsemi reaches it after", "MB"].median)
+    assert bench_learning.reach_lines("here", {"dual_kd": runs["dual_kd"]}) == []
+
+
+def test_reach_reads_the_committed_results():
+    lines = bench_learning.reach(ONE)
+    assert {one.what.split(":")[0] for one in lines} == {"paper_like", "heterogeneous"}
+    assert any(one.what.endswith("the best rival") and 0 < one.median < 1 for one in lines)
