@@ -1,0 +1,121 @@
+"""The page on thousands of clients says what was measured, and what follows from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from fedkd_utils import bench
+from fedkd_utils.bench_growth import CLIENTS, EDGES
+from fedkd_utils.networks import VNET_WIDTH, build_network, copy_state, nbytes
+from fedkd_utils.notebooks import PROJECT
+from fedkd_utils.settings import PAPER, QUICK, Settings
+
+PAGE = " ".join((PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8").split())
+FACTS = json.loads(bench.FILE.read_bytes())
+MEASURED = bench.medians(FACTS)
+STUDENT = nbytes(copy_state(build_network(QUICK, 0)))
+
+
+def growth(what: str) -> float:
+    return MEASURED[f"growth: {what}"]
+
+
+SECONDS = growth("one more client, a round of one step, CPU s")
+MEMORY = growth("one more client, memory beyond its volumes, MB")
+
+
+def model(first: str, slope: float, clients: int) -> float:
+    return growth(f"{CLIENTS[0]} clients, {first}") + slope * (clients - CLIENTS[0])
+
+
+def lines_of_growth() -> list[tuple[float, ...]]:
+    time, memory = "a round of one step, CPU s", "peak memory beyond volumes, MB"
+    return [
+        (
+            growth(f"{n} clients, {time}"),
+            model(time, SECONDS, n),
+            growth(f"{n} clients, {memory}"),
+            model(memory, MEMORY, n),
+            growth(f"{n} clients, sent in all, MB"),
+            3 * STUDENT * n / 1e6,
+        )
+        for n in CLIENTS
+    ]
+
+
+def voxels(settings: Settings) -> int:
+    d, h, w = settings.grid_shape
+    return d * h * w
+
+
+def signals(settings: Settings, channels: int) -> int:
+    """Bytes of what a teacher says about a volume: four probabilities and an entropy a voxel, and its bottleneck."""
+    return 4 * (5 * voxels(settings) + channels * voxels(settings) // math.prod(build_network(settings, 0).strides))
+
+
+def missing(claims: list[str], page: str = PAGE) -> list[str]:
+    return [claim for claim in claims if claim not in page]
+
+
+def test_the_table_of_clients_is_measured_and_modelled():
+    found = lines_of_growth()
+    claims = [
+        f"| {n} | {s:.2f} | {ms:.2f} | {b:.0f} | {mb:.0f} | {sent:.0f} | {wanted:.0f} |"
+        for n, (s, ms, b, mb, sent, wanted) in zip(CLIENTS, found, strict=True)
+    ]
+    worst = max(max(abs(ms / s - 1), abs(mb / b - 1)) for s, ms, b, mb, _, _ in found)
+    claims += [
+        f"costs {SECONDS:.4f} s a round",
+        f"and {MEMORY:.3f} MB beside its volumes",
+        f"by up to {worst:.0%}".replace("%", " %"),
+    ]
+    assert not missing([*claims, f"a student of {STUDENT / 1e6:.3f} MB"])
+    for *_, sent, wanted in found:
+        assert float(f"{wanted:.4g}") == sent
+
+
+def test_the_table_of_volumes_is_measured():
+    claims = []
+    for edge in EDGES:
+        seconds = growth(f"step of two cubes, edge {edge}, CPU s")
+        memory = growth(f"step of two cubes, edge {edge}, peak memory, MB")
+        claims.append(f"| {edge} | {seconds:.3f} | {seconds / (2 * edge**3) * 1e6:.2f} | {memory:.0f} |")
+    assert not missing(claims)
+
+
+def test_a_thousand_clients_follow_from_the_model():
+    step = MEASURED["steps: step: dual distillation, ms"] / 1000
+    assert QUICK.local_epochs * QUICK.steps_per_epoch == 10 and "10 steps a round" in PAGE
+    client = 10 * step + SECONDS
+    labels = QUICK.client_labelled + QUICK.client_validation + QUICK.client_test
+    images = labels + QUICK.client_unlabelled
+    volumes = voxels(QUICK) * (4 * images + 8 * labels) / 1e6
+    said = signals(QUICK, QUICK.channels[-1]) * QUICK.client_unlabelled / 1e6
+    every = volumes + said + MEMORY
+    training = PAPER.client_labelled + PAPER.client_unlabelled
+    sent = 1000 * STUDENT
+    claims = [
+        f"step takes {1000 * step:.0f} ms, so a client takes {client:.2f} s a round",
+        f"a thousand take {1000 * client / 60:.0f} minutes",
+        f"volumes take {volumes:.0f} MB ({images} images in float32 and {labels} labels in int64",
+        f"about the {QUICK.client_unlabelled} unlabelled ones {said:.0f} MB",
+        f"need {every:.0f} GB: 8 GB hold {8000 / every:.0f} of them",
+        f"without distillation {8000 / (volumes + MEMORY):.0f}",
+        f"{training} training volumes a client) images alone take {training * voxels(PAPER) * 4 / 1e9:.1f} GB",
+        f"signals {PAPER.client_unlabelled * signals(PAPER, 16 * VNET_WIDTH) / 1e9:.0f} GB",
+        f"send {sent / 1e9:.1f} GB a round and get as much back, {2 * sent / 125e6:.0f} seconds",
+        f"for the average takes {sent / 1e9:.1f} GB",
+    ]
+    assert not missing(claims)
+
+
+def test_a_number_that_is_not_on_the_page_is_found():
+    row = re.search(r"\| 64 \| [^|]+\|", PAGE)
+    assert row and missing([row[0]], PAGE.replace(row[0], "| 64 | 9.99 |")) == [row[0]]
+
+
+def test_the_committed_run_is_not_a_quick_one_and_names_its_machine_class_only():
+    assert not FACTS["effort"]["quick"] and {"steps", "growth", "simulation"} <= set(FACTS["parts"])
+    assert FACTS["machine"].keys() == {"cores", "processor", "system", "device", "threads", "workers"}
