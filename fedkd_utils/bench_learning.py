@@ -108,7 +108,7 @@ def networks(effort: Effort) -> list[Line]:
         _trained(make(), data, 2, RATES[0])
         step = _trained(make(), data, 4, RATES[0])[0] / 4
         best, dice = -1.0, np.full((1, len(CARTILAGES)), np.nan)
-        for rate in RATES:
+        for rate in RATES[-1:] if effort.quick else RATES:
             network = make()
             _, chosen = _trained(network, data, max(round(effort.training / step), 5), rate, data.validation)
             if chosen > best:
