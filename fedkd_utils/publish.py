@@ -30,7 +30,12 @@ KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUP
 #: What is executed beside a notebook that trains on one core only: they need no more than its cohort and its teacher.
 BESIDE = {
     "02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb"),
-    "03_few_labels.ipynb": ("07_baselines_and_ablations.ipynb", "09_claims_and_cards.ipynb", "12_final_project.ipynb"),
+    "03_few_labels.ipynb": (
+        "07_baselines_and_ablations.ipynb",
+        "09_claims_and_cards.ipynb",
+        "11_real_hospitals.ipynb",
+        "12_final_project.ipynb",
+    ),
 }
 
 
