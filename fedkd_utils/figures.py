@@ -56,7 +56,7 @@ _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
     "pooled": ("#999933", "*", "-"),
     "teacher_random": ("#777777", "s", "--"),
     "finetune_random": ("#222222", "X", "-."),
-    "finetune_random_local": ("#555500", "X", "-."),
+    "finetune_random_local": ("#555500", "X", ":"),
     "chosen_finetune": ("#117733", "H", "-"),
     "dual_kd_random": ("#CC6677", "d", "-"),
     "strong_kd": ("#CC3311", "p", "-"),
