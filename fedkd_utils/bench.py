@@ -17,9 +17,8 @@ import torch
 from fedkd_utils import bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.files import write_atomically
-from fedkd_utils.notebooks import PROJECT
 from fedkd_utils.provenance import versions
-from fedkd_utils.settings import entry_named
+from fedkd_utils.settings import PROJECT, entry_named
 from fedkd_utils.timing import FULL, Effort, Line
 
 #: Where a whole run leaves its numbers.
@@ -37,7 +36,7 @@ class Part:
     on_request: bool = False  # it takes long, or needs what is not everywhere
 
 
-#: The parts, in the order of a run. An engine that runs the same federation elsewhere adds its own line here.
+#: The parts, in the order of a run. The engine, an extra, has a record of its own (``engine_bench``).
 PARTS: dict[str, Part] = {
     "steps": Part(bench_steps.steps),
     "profile": Part(bench_steps.profile),

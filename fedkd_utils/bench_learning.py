@@ -18,10 +18,9 @@ from fedkd_utils import cohorts, records, runner, statistics
 from fedkd_utils.grids import SEEDS
 from fedkd_utils.methods import RIVALS
 from fedkd_utils.networks import CLASS_FREQUENCY, TappedNetwork, build_network
-from fedkd_utils.notebooks import PROJECT
 from fedkd_utils.records import Record
 from fedkd_utils.seeds import seed_of, seeded
-from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, PROFILES, QUICK, SETTINGS_OF_CLIENTS
+from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, PROFILES, PROJECT, QUICK, SETTINGS_OF_CLIENTS
 from fedkd_utils.timing import Effort, Line, line
 from fedkd_utils.training import grid_dice, mean_dice, train_supervised
 from fedkd_utils.transforms import Case, SiteData, load_site

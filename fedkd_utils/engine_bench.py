@@ -47,7 +47,7 @@ ROW, ROUNDS, CLIENTS = "dual_kd", 3, 3
 #: What runs under protection: the federation of notebook 08.
 PROTECTED = replace(LESSON, rounds=6, steps_per_epoch=10)
 
-#: The probability with which the promise of privacy may fail: far below one over three clients.
+#: The slack of the promise of privacy: far below one over three clients.
 DELTA = 1e-3
 
 #: The clipping norm: most changes are shorter, those of the first round are not.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from fedkd_utils.settings import QUICK
+from fedkd_utils.settings import PROJECT, QUICK
 
-FILE = Path(__file__).resolve().parent.parent / "data" / "results" / "engine" / "engine.json"
+FILE = PROJECT / "data" / "results" / "engine" / "engine.json"
 
 #: The federation of notebook 11: the knees of the quick profile at a quarter of the voxels, two rounds.
 LESSON = replace(

@@ -32,7 +32,7 @@ from fedkd_utils.hospital_keys import write_certificates, write_node_key
 from fedkd_utils.methods import row_named
 from fedkd_utils.networks import State
 from fedkd_utils.provenance import state_hash
-from fedkd_utils.settings import Settings
+from fedkd_utils.settings import PROJECT, Settings
 
 HOST = "127.0.0.1"
 
@@ -88,7 +88,7 @@ def write_app(folder: Path, clientapp: str = "fedkd_utils.engine_client:app") ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pyproject.toml").write_text(_APP.format(clientapp=clientapp))
     (folder / "README.md").write_text("The apps are in the package fedkd_utils, which is installed on every node.\n")
-    shutil.copy(Path(__file__).resolve().parent.parent / "LICENSE", folder / "LICENSE")
+    shutil.copy(PROJECT / "LICENSE", folder / "LICENSE")
     return folder
 
 

@@ -187,16 +187,21 @@ def test_who_does_not_answer_is_left_out_of_the_round(what: str, reason: str, tm
     assert [number for number, _, _ in report.happened("averaged")] == [1, 2]
 
 
-def test_a_run_with_too_few_answers_stops_and_goes_on_from_its_last_round(tmp_path: Path) -> None:
-    expected = federation.run_federation(TWO, "dual_kd", SITES, TEACHER, 0)
+def two_lost_in_round_two() -> Callable[[str, int, Message], Message | None]:
+    """A network that loses the updates of two of three hospitals, once, in the second round."""
     asked: list[int] = []
 
     def change(kind: str, node: int, reply: Message) -> Message | None:
         asked.extend([node] * (kind == TRAIN))
         return None if kind == TRAIN and len(asked) in (4, 5) else reply
 
+    return change
+
+
+def test_a_run_with_too_few_answers_stops_and_goes_on_from_its_last_round(tmp_path: Path) -> None:
+    expected = federation.run_federation(TWO, "dual_kd", SITES, TEACHER, 0)
     with pytest.raises(FederationError, match="Round 2: 1 hospitals.*Rounds up to 1 are kept"):
-        run("dual_kd", tmp_path, disturbed(tmp_path, change), patience_s=1.0)
+        run("dual_kd", tmp_path, disturbed(tmp_path, two_lost_in_round_two()), patience_s=1.0)
     result, report = run("dual_kd", tmp_path)
     assert all(equal(result.models[name], expected.models[name]) for name in NAMES)
     assert result.best_round == expected.best_round
@@ -208,14 +213,8 @@ def test_a_run_with_too_few_answers_stops_and_goes_on_from_its_last_round(tmp_pa
 
 def test_a_mean_teacher_at_the_hospital_survives_a_round_that_is_asked_twice(tmp_path: Path) -> None:
     expected = federation.run_federation(TINY, "uamt", SITES, None, 0)
-    asked: list[int] = []
-
-    def change(kind: str, node: int, reply: Message) -> Message | None:
-        asked.extend([node] * (kind == TRAIN))
-        return None if kind == TRAIN and len(asked) in (4, 5) else reply
-
     with pytest.raises(FederationError, match="Round 2"):
-        run("uamt", tmp_path, disturbed(tmp_path, change), settings=TINY, patience_s=1.0)
+        run("uamt", tmp_path, disturbed(tmp_path, two_lost_in_round_two()), settings=TINY, patience_s=1.0)
     result, _ = run("uamt", tmp_path, settings=TINY)
     assert all(equal(result.models[name], expected.models[name]) for name in NAMES)
 
