@@ -16,16 +16,13 @@ import torch
 
 from fedkd_utils import bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
 from fedkd_utils.device import compute_device, device_title
-from fedkd_utils.files import write_atomically
+from fedkd_utils.files import rounded, write_atomically
 from fedkd_utils.provenance import versions
 from fedkd_utils.settings import PROJECT, entry_named
 from fedkd_utils.timing import FULL, Effort, Line
 
 #: Where a whole run leaves its numbers.
 FILE = PROJECT / "data" / "results" / "bench" / "bench.json"
-
-#: Significant digits in the file.
-DIGITS = 4
 
 
 @dataclass(frozen=True)
@@ -137,31 +134,20 @@ def _target(one: Line) -> str:
 
 def _packed(one: Line) -> dict[str, Any]:
     facts = dataclasses.asdict(one) | {"met": one.met}
-    kept = {name: _rounded(value) for name, value in facts.items() if value is not None}
+    kept = {name: rounded(value) for name, value in facts.items() if value is not None}
     return kept
-
-
-def _rounded(value: Any) -> Any:
-    """As JSON holds it: four digits, and null for what is infinite."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
-    return value
 
 
 def write(facts: Mapping[str, Any], path: Path = FILE) -> Path:
     """Write a run, completely or not at all, one line of text per measured quantity."""
     head = {name: value for name, value in facts.items() if name != "parts"}
-    lines = [f" {json.dumps(name)}: {json.dumps(_tidy(value), allow_nan=False)}" for name, value in head.items()]
+    lines = [f" {json.dumps(name)}: {json.dumps(rounded(value), allow_nan=False)}" for name, value in head.items()]
     parts = []
     for name, part in facts["parts"].items():
         own = ",\n".join(f"   {json.dumps(one, allow_nan=False)}" for one in part["lines"])
         parts.append(f'  {json.dumps(name)}: {{"seconds": {part["seconds"]:.0f}, "lines": [\n{own}\n  ]}}')
     lines.append(' "parts": {\n' + ",\n".join(parts) + "\n }")
     return write_atomically(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-def _tidy(value: Any) -> Any:
-    return {name: _tidy(inner) for name, inner in value.items()} if isinstance(value, dict) else _rounded(value)
 
 
 def medians(facts: Mapping[str, Any]) -> dict[str, float | None]:

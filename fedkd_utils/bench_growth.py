@@ -13,10 +13,20 @@ from typing import TypeVar
 import torch
 
 from fedkd_utils.bench_steps import noise_site
-from fedkd_utils.clients import client_update
+from fedkd_utils.clients import client_update, signals_for
 from fedkd_utils.federation import run_federation
 from fedkd_utils.methods import ROWS
-from fedkd_utils.networks import State, TappedNetwork, build_network, build_student, copy_state, load_state, nbytes
+from fedkd_utils.networks import (
+    State,
+    TappedNetwork,
+    build_network,
+    build_student,
+    class_axes,
+    copy_state,
+    largest_difference,
+    load_state,
+    nbytes,
+)
 from fedkd_utils.objectives import Batch, supervised
 from fedkd_utils.seeds import seed_of
 from fedkd_utils.server import server_step
@@ -35,13 +45,28 @@ CLIENTS, EDGES = (4, 16, 64, 256), (32, 64, 96, 128, 160)
 T = TypeVar("T")
 
 
-def bare_loop(settings: Settings, sites: Sequence[SiteData], seed: int, validated: bool) -> State:
-    """FedAvg with nothing around it: client updates one after the other, their average, and its validation if asked."""
-    method = ROWS["fedavg"]
+def bare_loop(
+    settings: Settings,
+    sites: Sequence[SiteData],
+    seed: int,
+    validated: bool,
+    row: str = "fedavg",
+    teacher: TappedNetwork | None = None,
+) -> State:
+    """A row whose students are averaged, with nothing around it: no check, ledger, checkpoint or choice of a round.
+
+    Client updates one after the other, their average, and its validation if asked; the teacher looks once.
+    """
+    method = ROWS[row]
     network = build_student(settings, seed_of(seed, "student"))
-    state = copy_state(network)
+    state, axes = copy_state(network), class_axes(network)
+    looked = [None if teacher is None else signals_for(teacher, site, settings, seed) for site in sites]
     for number in range(1, settings.rounds + 1):
-        state = server_step(state, [client_update(state, site, method, settings, number, seed) for site in sites])
+        updates = [
+            client_update(state, site, method, settings, number, seed, signals=signals)
+            for site, signals in zip(sites, looked, strict=True)
+        ]
+        state = server_step(state, updates, axes)
         for site in sites if validated else ():
             load_state(network, state)
             grid_dice(network, site.validation)
@@ -74,11 +99,6 @@ def simulation(effort: Effort) -> list[Line]:
     lines.append(line("two clients in turn / side by side", "ratio", speedup, at_least=SPEEDUP))
     apart = largest_difference(ours(1), ours(2))
     return [*lines, line("weights in turn and side by side, largest difference", "", [apart], at_most=0.0)]
-
-
-def largest_difference(one: State, other: State) -> float:
-    """Between two states of one layout."""
-    return max(float((one[name] - tensor).abs().max()) for name, tensor in other.items())
 
 
 def federations(numbers: Sequence[int]) -> list[dict[str, float]]:

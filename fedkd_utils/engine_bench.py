@@ -17,27 +17,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
 from fedkd_utils import cohorts, experiments, federation, hospitals, networks, teacher, transforms
-from fedkd_utils.clients import Update, client_update, signals_for
+from fedkd_utils.bench_growth import bare_loop
 from fedkd_utils.disclosure import epsilon
 from fedkd_utils.engine_connections import Order
-from fedkd_utils.engine_lesson import gap, lesson
+from fedkd_utils.engine_lesson import lesson
 from fedkd_utils.engine_local import local_grid
 from fedkd_utils.engine_messages import Job
 from fedkd_utils.engine_orders import write_order
 from fedkd_utils.engine_recorded import FILE, LESSON
 from fedkd_utils.engine_report import Report
 from fedkd_utils.engine_server import federate
-from fedkd_utils.files import write_atomically
-from fedkd_utils.methods import row_named
-from fedkd_utils.networks import State, TappedNetwork
+from fedkd_utils.files import rounded, write_atomically
+from fedkd_utils.networks import State, TappedNetwork, largest_difference
 from fedkd_utils.provenance import NUMBERS, state_hash, versions
 from fedkd_utils.records import machine
-from fedkd_utils.seeds import seed_of
-from fedkd_utils.server import server_step
 from fedkd_utils.settings import QUICK, Settings
 from fedkd_utils.transforms import SiteData
 
@@ -97,24 +93,6 @@ def _hospitals(settings: Settings) -> tuple[dict[str, Path], list[SiteData]]:
     return {site.name: site.folder for site in clients}, [transforms.load_site(site, settings) for site in clients]
 
 
-def bare_loop(case: Case) -> State:
-    """No checks, no ledger, no checkpoint, no choice of a round: the least that gives the last student."""
-    settings, method = case.settings, row_named(ROW)
-    student = networks.copy_state(networks.build_student(settings, seed_of(0, "student")))
-    signals = [signals_for(case.taught, site, settings, 0) for site in case.sites]
-    axes, judge = networks.class_axes(networks.build_student(settings, 0)), networks.build_student(settings, 0)
-    for number in range(1, settings.rounds + 1):
-        pairs = zip(case.sites, signals, strict=True)
-        updates: list[Update] = [
-            client_update(student, site, method, settings, number, 0, signals=said) for site, said in pairs
-        ]
-        student = server_step(student, updates, axes)
-        networks.load_state(judge, student)
-        for site in case.sites:
-            federation.scores_on(judge, site.validation)
-    return student
-
-
 def _processes(case: Case, folder: Path) -> tuple[Report, float]:
     """The report of a run on real processes, and the CPU seconds of all of them."""
     order = case.order(folder / "run")
@@ -165,7 +143,7 @@ def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[lis
         lines.append({"way": way, "cpu_seconds": _cpu() - cpu, "wall_seconds": time.perf_counter() - wall})
         return out
 
-    last = measure("bare loop", lambda: bare_loop(case))
+    last = measure("bare loop", lambda: bare_loop(case.settings, case.sites, 0, True, ROW, case.taught))
     simulated = measure(
         "simulation",
         lambda: federation.run_federation(case.settings, ROW, case.sites, case.taught, 0, folder / "sim", workers=1),
@@ -178,8 +156,8 @@ def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[lis
     lines[-1]["cpu_seconds"] = spent
     models = experiments.load_models(folder / "real" / "run" / "model.safetensors")
     name = case.sites[0].name
-    apart = [gap(last, _last(folder / "sim")), 0.0]
-    apart += [gap(local.models[name], simulated.models[name]), gap(models[name], simulated.models[name])]
+    apart = [largest_difference(last, _last(folder / "sim")), 0.0]
+    apart += [largest_difference(model, simulated.models[name]) for model in (local.models[name], models[name])]
     sent = [(0, 0), (simulated.ledger.total("down"), simulated.ledger.total("up"))]
     sent += [(r.bytes("down"), r.bytes("up")) for r in (report, real)]
     for line, largest, (down, up) in zip(lines, apart, sent, strict=True):
@@ -218,7 +196,7 @@ def protection(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]
                 "bytes_up": report.bytes("up"),
                 "validation_dice": [float(value) for value in result.validation_by_round()],
                 "epsilon": epsilon(noise, settings.rounds, DELTA) if noise else None,
-                "largest_difference_of_a_weight": gap(model, plain),
+                "largest_difference_of_a_weight": largest_difference(model, plain),
             }
         )
     return lines
@@ -268,20 +246,9 @@ def _flower() -> str:
     return metadata.version("flwr")
 
 
-def _rounded(value: Any) -> Any:
-    """Four digits are enough for a file."""
-    if isinstance(value, dict):
-        return {name: _rounded(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
-    if isinstance(value, float):
-        return None if np.isnan(value) else float(f"{value:.4g}")
-    return value
-
-
 def report() -> None:
     """Measure, keep it in ``data/results/engine``, and print it."""
-    facts = _rounded(measure(replace(QUICK, rounds=ROUNDS), lambda text: print(f"... {text}", flush=True)))
+    facts = rounded(measure(replace(QUICK, rounds=ROUNDS), lambda text: print(f"... {text}", flush=True)))
     write_atomically(FILE, json.dumps(facts, indent=1).encode() + b"\n")
     print(table(facts))
 

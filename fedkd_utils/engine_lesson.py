@@ -16,7 +16,7 @@ from fedkd_utils.engine_local import LocalGrid, local_grid
 from fedkd_utils.engine_messages import TRAIN, Job, to_arrays, weights_of
 from fedkd_utils.engine_server import federate
 from fedkd_utils.federation import run_federation
-from fedkd_utils.networks import State, TappedNetwork, copy_state
+from fedkd_utils.networks import TappedNetwork, copy_state, largest_difference
 from fedkd_utils.provenance import state_hash
 from fedkd_utils.settings import Settings
 from fedkd_utils.transforms import SiteData
@@ -58,7 +58,7 @@ def lesson(settings: Settings, row: str, sites: Sequence[SiteData], taught: Tapp
     name = sites[0].name
     return {
         "settings": asdict(settings),
-        "largest_difference": gap(result.models[name], simulated.models[name]),
+        "largest_difference": largest_difference(result.models[name], simulated.models[name]),
         "events": _certain(report.events),
         "traffic": report.traffic,
         "faulty": _certain(faulty.events),
@@ -68,8 +68,3 @@ def lesson(settings: Settings, row: str, sites: Sequence[SiteData], taught: Tapp
 def _certain(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is the same on every processor: which round was the best is not."""
     return [event for event in events if event["what"] != "finished"]
-
-
-def gap(a: State, b: State) -> float:
-    """The largest difference of a weight."""
-    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)

@@ -172,7 +172,7 @@ class _Session:
         clip_norm, noise = self.settings.clip_norm, self.settings.noise_multiplier
         if clip_norm is not None:  # all count the same, else one could move the mean by more than the norm allows
             updates = [replace(update, n_examples=1) for update in updates]
-        collect(plan, run, updates, number)
+        collect(plan, run, sorted(updates, key=lambda update: update.client), number)
         if clip_norm is not None:
             run.students[""] = with_noise(run.students[""], clip_norm, noise or 0.0, len(updates))
         run.history += [{"round": number, "client": update.client, **update.metrics} for update in updates]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.parallel import side_by_side
 from fedkd_utils.seeds import generator_of, seed_of
-from fedkd_utils.server import Ledger, group_step, private_step, server_step, weighted_mean
+from fedkd_utils.server import FedAvg, Ledger, RunningMean, group_step, private_step
 from fedkd_utils.settings import Settings
 from fedkd_utils.teacher import FROZEN, TeacherSignals, TeacherUpdate, blend
 from fedkd_utils.training import (
@@ -232,9 +233,9 @@ def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dic
             progress=report,
         )
 
-    updates = side_by_side(train, plan.sites, plan.workers, plan.advance)
-    collect(plan, run, updates, number)
-    _validate(plan, run, updates, looking, number)
+    with closing(side_by_side(train, plan.sites, plan.workers, plan.advance)) as updates:
+        metrics = collect(plan, run, updates, number)
+    _validate(plan, run, metrics, looking, number)
     run.finished = number
     return signals
 
@@ -247,8 +248,8 @@ def _look(plan: Plan, teacher: TappedNetwork) -> tuple[dict[str, TeacherSignals]
         said = signals_for(teacher, site, plan.settings, plan.seed, report, plan.teacher_classes)
         return said, time.thread_time() - start
 
-    looked = side_by_side(look, plan.sites, plan.workers, plan.advance)
-    by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
+    with closing(side_by_side(look, plan.sites, plan.workers, plan.advance)) as looked:
+        by_client = dict(zip((site.name for site in plan.sites), looked, strict=True))
     return {name: said for name, (said, _) in by_client.items()}, {name: s for name, (_, s) in by_client.items()}
 
 
@@ -334,45 +335,65 @@ def begin(
     return run
 
 
-def collect(plan: Plan, run: Run, updates: Sequence[Update], number: int) -> None:
-    """Steps 3 to 5 of figure 1: collect, average, send back."""
-    run.kept = {update.client: update.kept for update in updates if update.kept}
-    if not plan.method.averages(number, plan.settings):
-        for update in updates:
+def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dict[str, dict[str, float]]:
+    """Steps 3 to 5 of figure 1: collect, average, send back; returns the metrics of each client.
+
+    Updates come in the order of the clients' names, and each is let go before the next one is asked for, so that a
+    plain average takes the same memory for any number of clients. Clipping and groups need all of them at once.
+    """
+    settings, before = plan.settings, run.students.get("", {})
+    averages = plan.method.averages(number, settings)
+    together = settings.clip_norm is not None or plan.method.groups
+    running, teachers, held = FedAvg(plan.axes, before), RunningMean(), list[Update]()
+    metrics: dict[str, dict[str, float]] = {}
+    kept: dict[str, State] = {}
+    for update in updates:
+        metrics[update.client] = update.metrics
+        if update.kept:
+            kept[update.client] = update.kept
+        if not averages:
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
-        return
-    settings = plan.settings
-    if settings.clip_norm is None:
-        run.students[""] = server_step(run.students[""], updates, plan.axes)
-    else:
-        noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
-        run.students[""] = private_step(run.students[""], updates, settings.clip_norm, noise, drawn)
-    if plan.method.groups:
-        run.students |= group_step(updates, plan.seed, number, plan.axes)
-    teachers = [update.teacher_state for update in updates if update.teacher_state is not None]
-    if teachers:
-        run.teacher = weighted_mean(teachers, [update.n_examples for update in updates])
-    for update in updates:
+            continue
+        if together:
+            held.append(update)
+        if settings.clip_norm is None:
+            running.add(update)
         run.ledger.record(number, "up", update.client, "student", update.sent)
         if update.teacher_state is not None:
+            teachers.add(update.teacher_state, update.n_examples)
             run.ledger.record(number, "up", update.client, "teacher", update.teacher_state)
+    run.kept = kept
+    if not averages:
+        return metrics
+    if settings.clip_norm is None:
+        run.students[""] = running.average()
+    else:
+        noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
+        run.students[""] = private_step(before, held, settings.clip_norm, noise, drawn)
+    if plan.method.groups:
+        run.students |= group_step(held, plan.seed, number, plan.axes)
+    if teachers.weight:
+        run.teacher = teachers.mean()
     for site in plan.sites:
         run.ledger.record(number, "down", site.name, "student", run.students[plan.owner(run, site)])
-        if teachers and run.teacher is not None:
+        if teachers.weight and run.teacher is not None:
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
+    return metrics
 
 
-def _validate(plan: Plan, run: Run, updates: Sequence[Update], looking: Mapping[str, float], number: int) -> None:
+def _validate(
+    plan: Plan, run: Run, metrics: Mapping[str, Mapping[str, float]], looking: Mapping[str, float], number: int
+) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
     network = build_student(plan.settings, 0).to(plan.sites[0].labelled_images.device)
     own: dict[str, float] = {}
-    for site, update in zip(plan.sites, updates, strict=True):
+    for site in plan.sites:
         load_state(network, plan.model(run, site))
         line = scores_on(network, site.validation)
         own[site.name] = line["validation"]
         times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
-        run.history.append({"round": number, "client": site.name, **line, **update.metrics, **times})
+        run.history.append({"round": number, "client": site.name, **line, **metrics[site.name], **times})
     choose(plan, run, own, number)
 
 

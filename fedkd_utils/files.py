@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -16,6 +17,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+
+#: Significant digits in a file of results: a Dice to a ten-thousandth, a hundredth of what a seed moves.
+DIGITS = 4
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
@@ -68,6 +72,20 @@ def folder_in_one_step(folder: Path, *, replace: bool = False) -> Iterator[Path]
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)  # a full disk stays no fuller than it was
         raise
+
+
+def rounded(value: Any) -> Any:
+    """A value as a small JSON file holds it, inside lists and mappings too: floats have :data:`DIGITS` digits.
+
+    NaN and infinity, which JSON does not have, become None; all else stays as it is.
+    """
+    if isinstance(value, dict):
+        return {name: rounded(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
+    return value
 
 
 def zipped(content: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,18 @@ class ChannelDropout(nn.Module):
         return f"p={self.p}"
 
 
+class _Tap:
+    """Listens at a block. It does not know the network, so a network nobody uses any more is gone at once."""
+
+    def __init__(self) -> None:
+        self.listening = False
+        self.features: Tensor | None = None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if self.listening:
+            self.features = output
+
+
 class TappedNetwork(nn.Module):
     """A segmentation network whose bottleneck can be read in the same pass.
 
@@ -84,13 +97,8 @@ class TappedNetwork(nn.Module):
         self.blocks = dict(blocks)
         self.tap = tap
         self.strides = strides
-        self._listening = False
-        self._features: Tensor | None = None
-        body.get_submodule(self.blocks[tap]).register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        if self._listening:
-            self._features = output
+        self._tap = _Tap()
+        body.get_submodule(self.blocks[tap]).register_forward_hook(self._tap)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 1, D, H, W) -> logits (B, 4, D, H, W)."""
@@ -104,12 +112,12 @@ class TappedNetwork(nn.Module):
 
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, 4, D, H, W) and the bottleneck (B, F, d, h, w), from one pass."""
-        self._listening = True
+        self._tap.listening = True
         try:
             logits = self(x)
-            features = self._features
+            features = self._tap.features
         finally:
-            self._listening, self._features = False, None
+            self._tap.listening, self._tap.features = False, None
         assert features is not None  # the hook ran, or forward raised
         return logits, features
 
@@ -179,7 +187,7 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
         strides = unet_strides(settings)
         depth = len(strides)
         with seeded(seed):
-            body: nn.Module = UNet(
+            unet = UNet(
                 spatial_dims=3,
                 in_channels=1,
                 out_channels=len(CLASS_NAMES),
@@ -190,6 +198,10 @@ def build_network(settings: Settings, seed: int) -> TappedNetwork:
                 dropout=settings.dropout,
                 bias=False,  # a shift before a normalisation is lost
             )
+        # MONAI's constructor leaves a cycle of references to the UNet: without its shell, weights are gone with the
+        # last network that uses them and need not wait for the garbage collector.
+        body: nn.Module = nn.Sequential(OrderedDict(model=unet.model))
+        del unet.model
         last = body.get_submodule("model.2.conv")
         last.bias = nn.Parameter(torch.empty(len(CLASS_NAMES)))
         path = ["model" + ".1.submodule" * level for level in range(depth + 1)]
@@ -373,6 +385,11 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             raise CheckpointError(
                 f"{source}: {name} holds NaN or infinite numbers. Training went astray: lower the learning rate."
             )
+
+
+def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The largest absolute difference between two states of one layout."""
+    return max(float((one[name].double() - tensor.double()).abs().max()) for name, tensor in other.items())
 
 
 def nbytes(state: Mapping[str, Tensor]) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -28,15 +30,17 @@ class _Stopped(Exception):
 
 def side_by_side(
     work: Callable[[SiteData, Progress], T], sites: Sequence[SiteData], workers: int | None, advance: Progress
-) -> list[T]:
+) -> Generator[T, None, None]:
     """Work on every site in threads, results in the order of the sites; progress goes to the calling thread.
 
-    When one fails, or the caller is interrupted, the others stop at their next step, and the first error in the
-    order of the sites is raised.
+    At most twice as many results as workers are there at a time: work begins on a site only when those before it have
+    been taken. When one fails, or the caller stops early, the others stop at their next step, and the first error in
+    the order of the sites is raised; a caller that may stop early closes the generator.
     """
     count = min(default_workers() if workers is None else workers, len(sites))
     if count <= 1:
-        return [work(site, advance) for site in sites]
+        yield from (work(site, advance) for site in sites)
+        return
     notes: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -49,21 +53,39 @@ def side_by_side(
         report(0, "")
         return work(site, report)
 
+    coming = iter(sites)
+    begun: deque[Future[T]] = deque()
     with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(start, site) for site in sites]
-        for future in futures:
-            future.add_done_callback(lambda done: notes.put((0, "")))
+
+        def begin(number: int) -> None:
+            for site in itertools.islice(coming, number):
+                begun.append(pool.submit(start, site))
+                begun[-1].add_done_callback(lambda done: notes.put((0, "")))
+
         try:
-            while not all(future.done() for future in futures) or not notes.empty():
-                steps, note = notes.get()
-                if steps:
-                    advance(steps, note)
-                if any(future.done() and future.exception() is not None for future in futures):
+            begin(2 * count)
+            while begun:
+                while not begun[0].done() and not _failed(begun):
+                    _advance_by(notes.get(), advance)
+                if _failed(begun):
                     break
+                yield begun.popleft().result()
+                begin(1)
+            while not notes.empty():
+                _advance_by(notes.get(), advance)
         finally:
             stop.set()  # after the loop nobody runs, or somebody failed
-    errors = [future.exception() for future in futures]
+    errors = [future.exception() for future in begun]
     real = [error for error in errors if error is not None and not isinstance(error, _Stopped)]
     if real:
         raise real[0]
-    return [future.result() for future in futures]
+
+
+def _advance_by(note: tuple[int, str], advance: Progress) -> None:
+    """Hand on one note of a thread, empty ones apart."""
+    if note[0]:
+        advance(*note)
+
+
+def _failed(begun: Iterable[Future[T]]) -> bool:
+    return any(future.done() and future.exception() is not None for future in begun)

@@ -18,15 +18,12 @@ import torch
 from fedkd_utils import cohorts
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.experiments import Result, read_facts
-from fedkd_utils.files import write_atomically
+from fedkd_utils.files import rounded, write_atomically
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.parallel import default_workers
 from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import CLASS_NAMES, Settings
-
-#: Significant digits that a file keeps: a Dice to a ten-thousandth, a hundredth of what a seed moves.
-DIGITS = 4
 
 _TABLES = ("history", "test", "messages")
 
@@ -126,17 +123,7 @@ def write_record(folder: Path, record: Record, name: str) -> Path:
 
 
 def _dense(value: Any) -> str:
-    return json.dumps(_rounded(value), separators=(",", ":"), allow_nan=False)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(inner) for inner in value]
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}") if value - value == 0 else None
-    return value
+    return json.dumps(rounded(value), separators=(",", ":"), allow_nan=False)
 
 
 def _pack(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,7 +157,7 @@ def stale(record: Record, point: Point, profile: Settings) -> list[str]:
     reasons = []
     wanted, had = expected_settings(point, profile), record.result.settings
     for name in dict.fromkeys([*wanted, *had]):
-        if _rounded(wanted.get(name)) != had.get(name):
+        if rounded(wanted.get(name)) != had.get(name):
             reasons.append(f"{name} was {had.get(name)} and is {wanted.get(name)}")
     now = made_with(point, profile)
     words = {
@@ -179,7 +166,7 @@ def stale(record: Record, point: Point, profile: Settings) -> list[str]:
         "sizes": "the cohort has other sizes",
         "teacher_update": "the teacher moves otherwise",
     }
-    return reasons + [words[key] for key in now if _rounded(now[key]) != record.made_with.get(key)]
+    return reasons + [words[key] for key in now if rounded(now[key]) != record.made_with.get(key)]
 
 
 def read_all(folder: Path, points: Iterable[Point]) -> dict[Point, Record]:

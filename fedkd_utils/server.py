@@ -19,11 +19,42 @@ from fedkd_utils.seeds import generator_of
 NO_CLASSES: Mapping[str, int] = MappingProxyType({})
 
 
-def aggregate(updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLASSES) -> State:
-    """FedAvg (McMahan et al., arXiv 1602.05629): theta = sum_k n_k theta_k / sum_k n_k.
+class RunningMean:
+    """The weighted mean of states that come one after the other: all it keeps are sums, however many come.
 
-    Floating tensors, batch statistics too, are summed in float64 in the order of the clients' names, so the
-    result does not depend on who answered first; integer counters are copied from the first name.
+    Floating tensors, batch statistics too, are summed in float64 and divided at the end; integer counters are those of
+    the first state.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self._sums: State = {}
+        self._types: dict[str, torch.dtype] = {}
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Count a state; it is neither changed nor kept."""
+        for name, tensor in state.items():
+            if name not in self._types:
+                self._types[name] = tensor.dtype
+                floating = tensor.is_floating_point()
+                self._sums[name] = torch.zeros_like(tensor, dtype=torch.float64) if floating else tensor.clone()
+            if self._sums[name].is_floating_point():
+                self._sums[name].add_(tensor.double() * weight)
+        self.weight += weight
+
+    def mean(self) -> State:
+        """The mean of what was counted; the weights must not sum to 0."""
+        return {
+            name: (total / self.weight).to(self._types[name]) if total.is_floating_point() else total.clone()
+            for name, total in self._sums.items()
+        }
+
+
+class FedAvg:
+    """FedAvg (McMahan et al., arXiv 1602.05629): theta = sum_k n_k theta_k / sum_k n_k, one update after the other.
+
+    It holds sums and no update, so its memory does not grow with the number of clients. Add the updates in the order
+    of the clients' names, so that the result does not depend on who answered first.
 
     A client that draws a class in only a share of its labelled volumes has that share of its weight n_k in the
     weights of this class in the last layer: who never saw a patella has no say in what one looks like. (Ours; where
@@ -31,53 +62,76 @@ def aggregate(updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLAS
 
     Args:
         class_axes: the tensors of the last layer with the axis of the classes (:func:`networks.class_axes`).
+        like: a state with the layout that every update must have; the first update's when not given.
+    """
+
+    def __init__(self, class_axes: Mapping[str, int] = NO_CLASSES, like: Mapping[str, Tensor] | None = None) -> None:
+        self._axes = class_axes
+        self._like = like
+        self._names: set[str] = set()
+        self._whole = RunningMean()
+        self._classes: dict[int, RunningMean] = {}
+        self._partial: set[int] = set()
+
+    def add(self, update: Update) -> None:
+        """Count an update.
+
+        Raises:
+            FederationError: the second of one client, a count below 1, or partial classes without ``class_axes``.
+            CheckpointError: NaN, or names or shapes that differ; names the client.
+        """
+        if update.class_shares and not self._axes:
+            raise FederationError("A client does not draw every class: say class_axes, or its weights count wrongly.")
+        if self._like is None:
+            self._like = {name: tensor.to("meta") for name, tensor in update.state.items()}  # shapes, no numbers
+        _check_update(update, self._like, self._names)
+        self._names.add(update.client)
+        self._whole.add(update.state, update.n_examples)
+        for c in range(next((update.state[name].shape[axis] for name, axis in self._axes.items()), 0)):
+            row = {name: update.state[name].select(axis, c) for name, axis in self._axes.items()}
+            share = update.class_shares.get(c, 1.0)
+            self._classes.setdefault(c, RunningMean()).add(row, update.n_examples * share)
+        self._partial |= update.class_shares.keys()
+
+    def average(self) -> State:
+        """The average of the updates.
+
+        Raises:
+            FederationError: there was none.
+        """
+        if not self._names:
+            raise FederationError("No client sent an update: nothing can be averaged.")
+        averaged = self._whole.mean()
+        for c in sorted(self._partial):
+            if self._classes[c].weight > 0:
+                for name, row in self._classes[c].mean().items():
+                    averaged[name].select(self._axes[name], c).copy_(row)
+        return averaged
+
+
+def _check_update(update: Update, like: Mapping[str, Tensor], names: set[str]) -> None:
+    source = f"The update of client {update.client}"
+    if update.client in names:
+        raise FederationError(f"Two updates of one client, {update.client}: count every client once a round.")
+    if update.n_examples < 1:
+        raise FederationError(f"{source} counts {update.n_examples} examples: it must have at least 1.")
+    check_layout(update.state, like, source)
+    check_finite(update.state, source)
+
+
+def aggregate(updates: Sequence[Update], class_axes: Mapping[str, int] = NO_CLASSES) -> State:
+    """The average of updates that are all there, whatever their order; see :class:`FedAvg`.
 
     Raises:
-        FederationError: no update, two of one client, a count below 1, or partial classes without ``class_axes``.
-        CheckpointError: NaN, or names or shapes that differ; names the client.
+        FederationError, CheckpointError: as :class:`FedAvg`.
     """
-    ordered = sorted(updates, key=lambda update: update.client)
-    _check_updates(ordered)
-    if not class_axes and any(update.class_shares for update in ordered):
-        raise FederationError("A client does not draw every class: say class_axes, or its weights count wrongly.")
-    counts = [update.n_examples for update in ordered]
-    averaged = weighted_mean([update.state for update in ordered], counts)
-    for c in sorted({c for update in ordered for c in update.class_shares}):
-        own = [count * update.class_shares.get(c, 1.0) for count, update in zip(counts, ordered, strict=True)]
-        if sum(own) > 0:
-            rows = [{name: u.state[name].select(axis, c) for name, axis in class_axes.items()} for u in ordered]
-            for name, row in weighted_mean(rows, own).items():
-                averaged[name].select(class_axes[name], c).copy_(row)
-    return averaged
+    return _average(FedAvg(class_axes), updates)
 
 
-def _check_updates(updates: Sequence[Update]) -> None:
-    if not updates:
-        raise FederationError("No client sent an update: nothing can be averaged.")
-    names = [update.client for update in updates]
-    if len(set(names)) < len(names):
-        raise FederationError(f"Two updates of one client among {names}: count every client once a round.")
-    for update in updates:
-        source = f"The update of client {update.client}"
-        if update.n_examples < 1:
-            raise FederationError(f"{source} counts {update.n_examples} examples: it must have at least 1.")
-        check_layout(update.state, updates[0].state, source)
-        check_finite(update.state, source)
-
-
-def weighted_mean(states: Sequence[Mapping[str, Tensor]], counts: Sequence[float]) -> State:
-    """The mean of states with weights, in the order given; see :func:`aggregate`."""
-    total = sum(counts)
-    averaged = {}
-    for name, first in states[0].items():
-        if first.is_floating_point():
-            weighted = torch.zeros_like(first, dtype=torch.float64)
-            for state, count in zip(states, counts, strict=True):
-                weighted += state[name].double() * (count / total)
-            averaged[name] = weighted.to(first.dtype)
-        else:
-            averaged[name] = first.clone()
-    return averaged
+def _average(running: FedAvg, updates: Sequence[Update]) -> State:
+    for update in sorted(updates, key=lambda update: update.client):
+        running.add(update)
+    return running.average()
 
 
 def server_step(
@@ -88,9 +142,7 @@ def server_step(
     Raises:
         CheckpointError: an update does not have the layout of the global student; names the client.
     """
-    for update in updates:
-        check_layout(update.state, global_state, f"The update of client {update.client}")
-    return aggregate(updates, class_axes)
+    return _average(FedAvg(class_axes, global_state), updates)
 
 
 def clipped(change: Mapping[str, Tensor], largest_norm: float) -> State:
@@ -125,9 +177,12 @@ def private_step(
         raise ValueError(
             f"clip_norm must be above 0 and noise_multiplier at least 0, not {clip_norm}, {noise_multiplier}."
         )
-    ordered = sorted(updates, key=lambda update: update.client)
-    _check_updates(ordered)
-    check_layout(ordered[0].state, global_state, f"The update of client {ordered[0].client}")
+    ordered, names = sorted(updates, key=lambda update: update.client), set[str]()
+    if not ordered:
+        raise FederationError("No client sent an update: nothing can be averaged.")
+    for update in ordered:
+        _check_update(update, global_state, names)
+        names.add(update.client)
     changes = [clipped({n: u.state[n] - t for n, t in global_state.items()}, clip_norm) for u in ordered]
     new = {name: tensor.clone() for name, tensor in global_state.items()}
     for name in changes[0]:

@@ -19,7 +19,7 @@ from fedkd_utils import bench, bench_growth, bench_learning, bench_steps, timing
 from fedkd_utils.__main__ import main
 from fedkd_utils.bench import Part
 from fedkd_utils.federation import run_federation
-from fedkd_utils.networks import build_network, copy_state, nbytes
+from fedkd_utils.networks import build_network, copy_state, largest_difference, nbytes
 from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.seeds import seed_of
 from fedkd_utils.settings import CARTILAGES, QUICK
@@ -186,9 +186,17 @@ def test_the_bare_loop_gives_the_weights_of_the_federation():
     settings = replace(TINY, rounds=1)
     sites = [bench_steps.noise_site(name, settings, 2, 0) for name in ("east", "west")]
     ours = run_federation(settings, "fedavg", sites, seed=5, workers=1).models["east"]
-    assert bench_growth.largest_difference(ours, bench_growth.bare_loop(settings, sites, 5, True)) == 0
+    assert largest_difference(ours, bench_growth.bare_loop(settings, sites, 5, True)) == 0
     other = bench_growth.bare_loop(settings, sites, 6, False)
-    assert bench_growth.largest_difference(ours, other) > 0
+    assert largest_difference(ours, other) > 0
+
+
+def test_the_bare_loop_distils_as_the_federation_does():
+    settings = replace(TINY, rounds=1)
+    sites = [bench_steps.noise_site(name, settings, 2, 2) for name in ("east", "west")]
+    taught = freeze(build_network(settings, 9))
+    ours = run_federation(settings, "dual_kd", sites, taught, seed=5, workers=1).models["east"]
+    assert largest_difference(ours, bench_growth.bare_loop(settings, sites, 5, True, "dual_kd", taught)) == 0
 
 
 def test_asking_at_every_step_costs_nine_passes_a_volume_and_gives_the_same_loss_as_the_same_signals():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,40 @@ def test_an_average_of_equal_states_is_that_state_and_its_own() -> None:
     assert all(torch.allclose(averaged[k], start[k], rtol=1e-7, atol=0) for k in start)
     next(iter(averaged.values())).zero_()
     assert next(iter(start.values())).abs().sum() > 0
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_average_keeps_no_update(partial: bool) -> None:
+    axes = {"w": 0} if partial else {}
+    running, seen = server.FedAvg(axes), list[weakref.ref[torch.Tensor]]()
+    for k in range(5):
+        update = Update(
+            f"c{k}", state(float(k), 2.0 * k, count=k), k + 1, {}, class_shares={1: 0.5} if partial and k else {}
+        )
+        running.add(update)
+        seen.extend(weakref.ref(tensor) for tensor in update.state.values())
+        del update
+        assert all(there() is None for there in seen)
+    counts, shares = torch.arange(1.0, 6), torch.tensor([1.0, *[0.5 if partial else 1.0] * 4])
+    values = torch.arange(5.0)
+    expected = [(counts * values).sum() / 15, (counts * shares * 2 * values).sum() / (counts * shares).sum()]
+    torch.testing.assert_close(running.average()["w"], torch.stack(expected))
+
+
+@pytest.mark.parametrize(("workers", "held"), [(1, 2), (2, 6)])
+def test_a_round_holds_few_updates_however_many_clients_there_are(workers: int, held: int, monkeypatch: Any) -> None:
+    seen, most = list[weakref.ref[torch.Tensor]](), list[int]()
+
+    def update(global_state: State, one: SiteData, *rest: Any, **more: Any) -> Update:
+        trained = {name: tensor.clone() for name, tensor in global_state.items()}
+        seen.append(weakref.ref(next(iter(trained.values()))))
+        most.append(sum(there() is not None for there in seen))
+        return Update(one.name, trained, 2, {"loss": 0.0})
+
+    monkeypatch.setattr(federation, "client_update", update)
+    many = [replace(SITES[0], name=f"c{k:02d}") for k in range(20)]
+    federation.run_federation(replace(TINY, rounds=1), "fedavg", many, workers=workers)
+    assert len(most) == 20 and max(most) <= held
 
 
 def test_bad_updates_are_refused_with_the_clients_name() -> None:

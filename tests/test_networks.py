@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -38,7 +40,22 @@ def test_features_are_those_of_the_bottleneck_and_come_from_the_same_pass(settin
     assert features.shape[2:] == tuple(n // s for n, s in zip(settings.grid_shape, network.strides, strict=True))
     assert torch.equal(features, recorded[0])
     assert torch.equal(logits, network(x))
-    assert network._features is None  # nothing is kept alive
+    assert network._tap.features is None  # nothing is kept alive
+
+
+@pytest.mark.parametrize("settings", [TINY, VNET], ids=["unet", "vnet"])
+def test_weights_are_gone_with_the_last_network_that_uses_them(settings: Settings) -> None:
+    """Without the garbage collector: a thousand students one after the other need the memory of one."""
+    gc.disable()
+    try:
+        network = networks.build_network(settings, 0)
+        logits, features = network.forward_with_features(volumes(settings))
+        (logits.sum() + features.sum()).backward()
+        weights = [weakref.ref(parameter) for parameter in network.parameters()]
+        del network, logits, features
+        assert all(weight() is None for weight in weights)
+    finally:
+        gc.enable()
 
 
 def test_gradient_of_the_features_reaches_the_encoder_only() -> None:
