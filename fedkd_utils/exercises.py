@@ -39,6 +39,15 @@ _mixed = {"w": torch.zeros(3, 2), "half": torch.zeros(5, dtype=torch.float16), "
 _features = [torch.randn(2, 8, 2, 3, 2, generator=_torch_rng, dtype=torch.float64) for _ in range(2)]
 
 
+_oblique = np.eye(4)  # turned by 0.3 about x and by 0.5 about z, with an origin
+_oblique[:3, :3] = (
+    np.array([[math.cos(0.5), -math.sin(0.5), 0], [math.sin(0.5), math.cos(0.5), 0], [0, 0, 1]])
+    @ np.array([[1, 0, 0], [0, math.cos(0.3), -math.sin(0.3)], [0, math.sin(0.3), math.cos(0.3)]])
+    @ np.diag([4.0, 1.2, 0.7])
+)
+_oblique[:3, 3] = (-30, 12, 7)
+
+
 def _hausdorff(a: Any, b: Any, spacing_mm: Any, of_two: Any, of_many: Any) -> float:
     apart = np.linalg.norm((a[:, None] - b[None]) * np.asarray(spacing_mm), axis=2)
     return float(of_two(of_many(apart.min(axis=1)), of_many(apart.min(axis=0))))
@@ -70,9 +79,9 @@ def _squared_distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tenso
     return torch.stack([((a[n] - b[n]) ** 2).sum() for n in a]).sum()
 
 
-def _mask(p: torch.Tensor, progress: float, classes: float, start: float = 0.75) -> torch.Tensor:
+def _mask(p: torch.Tensor, progress: float, classes: float, start: float = 0.75, power: int = 2) -> torch.Tensor:
     h = -torch.special.xlogy(p, p).sum(dim=1)
-    return h < (start + (1 - start) * math.exp(-5 * (1 - progress) ** 2)) * math.log(classes)
+    return h < (start + (1 - start) * math.exp(-5 * (1 - progress) ** power)) * math.log(classes)
 
 
 def _kl(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -123,13 +132,52 @@ def _half_width(a: Any, b: Any, of_pairs: bool = True, root: bool = True) -> flo
     return float(1.96 * spread / (math.sqrt(len(a)) if root else 1))
 
 
+def _best_echo(a: float, b: float) -> float:
+    return a * b / (a - b) * math.log(a / b)
+
+
+def _soft_dice_gradient(p: Any, y: Any, smooth: float = 1.0) -> Any:
+    """d/dp of 1 - (2 sum p y + 1) / (sum p + sum y + 1), with double precision as given."""
+    overlap, total = 2 * (p * y).sum() + smooth, p.sum() + y.sum() + smooth
+    return overlap / total**2 - 2 * y / total
+
+
+def _masked(values: Any, secrets: Any) -> Any:
+    """Each integer with the secrets of its pairs: the first of a pair adds, the second subtracts; modulo 2^32."""
+    upper = np.triu(secrets, 1)
+    return (values + upper.sum(axis=1) - upper.sum(axis=0)) % 2**32
+
+
+def _sum_of_answers(messages: Any, answered: Any, secrets: Any, second: int = -1) -> int:
+    total = int(messages[answered].sum())
+    for k in np.flatnonzero(answered):
+        for j in np.flatnonzero(~answered):
+            total -= int(secrets[k, j]) if k < j else second * int(secrets[j, k])
+    total %= 2**32
+    return total - 2**32 if total >= 2**31 else total
+
+
+def _test_side(people: Sequence[str], share: float, order: Sequence[str] | None = None) -> Any:
+    """Person after person goes to the test side, with all volumes, until there are enough."""
+    chosen: list[str] = []
+    for person in order or dict.fromkeys(people):
+        if sum(p in chosen for p in people) < share * len(people) - 1e-9:
+            chosen.append(person)
+    return np.array([p in chosen for p in people])
+
+
 _change, _missing = _rng.normal(size=12), _rng.normal(size=12)
+_integers = np.array([-7, 30, -52, 11])
+_secrets = np.triu(np.random.default_rng(20238).integers(0, 2**32, (4, 4)), 1)
+_half, _drawn = np.random.default_rng(20239).random((3, 4)), np.random.default_rng(20240).integers(0, 2, (3, 4)) / 1.0
 _peaked = (4 * _logits).softmax(dim=1)
 _wide = 300 * _logits
+_certain = torch.nn.functional.one_hot(_targets, 4).movedim(-1, 1).to(_peaked)  # (B, C, D, H, W) zeros and ones
 _shares = _peaked[0].numpy()  # (C, D, H, W)
 _table = np.random.default_rng(20237).normal(size=(4, 6))  # (seeds, subjects)
 
 _sent = np.arange(6.0).reshape(2, 3)
+_one_missing = np.where(_sent == 4, math.nan, _sent)
 
 
 def _run_bytes(weights: int, hospitals: int, rounds: int, teachers: int = 1, last: int = 1) -> dict[str, int]:
@@ -148,12 +196,18 @@ def _round_time(seconds: Sequence[float], patience: float) -> dict[str, float]:
 EXERCISES: dict[str, Exercise] = {
     "spacing_from_affine": Exercise(
         lambda affine: np.linalg.norm(affine[:3, :3], axis=0),
-        [(_affine,), (np.diag([2.0, 3.0, 4.0, 1.0]),)],
+        [(_affine,), (np.diag([2.0, 3.0, 4.0, 1.0]),), (_oblique,)],
         {
             "the diagonal holds the voxel sizes only when the axes are not permuted.": lambda a: np.abs(np.diag(a)[:3]),
             "these are the lengths of the rows; a step along an index is a column.": lambda a: np.linalg.norm(
                 a[:3, :3], axis=1
             ),
+            "the largest entry of a column is its length only when the slices are not tilted.": lambda a: np.abs(
+                a[:3, :3]
+            ).max(axis=0),
+            "the length of a column is the root of the sum of its squares, not the sum of its sizes.": lambda a: np.abs(
+                a[:3, :3]
+            ).sum(axis=0),
         },
     ),
     "volume_ml": Exercise(
@@ -183,7 +237,23 @@ EXERCISES: dict[str, Exercise] = {
         {
             "divide by the standard deviation, not by the variance.": lambda x: (x - x.mean()) / x.var(),
             "the mean has to become zero as well.": lambda x: x / x.std(),
+            "ddof=1 is for a sample; here are all voxels: the population's deviation, np.std(x).": (
+                lambda x: (x - x.mean()) / x.std(ddof=1)
+            ),
             "that scales to the range 0 to 1, which one bright voxel decides.": lambda x: (x - x.min()) / np.ptp(x),
+        },
+    ),
+    "best_echo_ms": Exercise(
+        _best_echo,
+        [(133.0, 37.0), (37.0, 133.0), (800.0, 40.0)],
+        {
+            "set the derivative of the *difference* to zero; the mean of the two is a guess.": lambda a, b: (a + b) / 2,
+            "the geometric mean is near, but set the derivative to zero and solve for the echo time.": lambda a, b: (
+                math.sqrt(a * b)
+            ),
+            "the derivative brings the factors 1 / T2 down: a logarithm of their quotient stays.": lambda a, b: (
+                a * b / abs(a - b)
+            ),
         },
     ),
     "dice": Exercise(
@@ -210,6 +280,18 @@ EXERCISES: dict[str, Exercise] = {
             "that is the Dice score; a loss is one minus it.": lambda z, y: 1 - _soft_dice(z, y),
             "sum over the voxels of each volume, not over the whole batch: then average.": lambda z, y: _soft_dice(
                 _one_volume(z), _one_volume(y[:, None])[:, 0]
+            ),
+        },
+    ),
+    "soft_dice_gradient": Exercise(
+        _soft_dice_gradient,
+        [(_half, _drawn), (_half, 0 * _drawn), (_drawn, _drawn)],
+        {
+            "p stands in the denominator too: use the quotient rule.": lambda p, y: -2 * y / (p.sum() + y.sum() + 1),
+            "the sign: the loss is one *minus* the quotient.": lambda p, y: -_soft_dice_gradient(p, y),
+            "the + 1 in numerator and denominator is missing.": lambda p, y: _soft_dice_gradient(p, y, smooth=0.0),
+            "the square of the denominator is missing.": lambda p, y: (
+                _soft_dice_gradient(p, y) * (p.sum() + y.sum() + 1)
             ),
         },
     ),
@@ -247,7 +329,11 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "hausdorff_mm": Exercise(
         lambda a, b, spacing_mm: _hausdorff(a, b, spacing_mm, max, np.max),
-        [(_points[:5], _points[5:], (4.0, 1.2, 1.2)), (_points[3:], _points[:6], (1.5, 0.4, 0.7))],
+        [
+            (_points[:1], _points[1:], (4.0, 1.2, 1.2)),
+            (_points[1:], _points[:1], (4.0, 1.2, 1.2)),
+            (_points[3:], _points[:6], (1.5, 0.4, 0.7)),
+        ],
         {
             "that is in voxels: multiply each axis by its spacing.": lambda a, b, s: _hausdorff(
                 a, b, (1, 1, 1), max, np.max
@@ -255,7 +341,26 @@ EXERCISES: dict[str, Exercise] = {
             "both directions count: take the larger, not the smaller.": lambda a, b, s: _hausdorff(
                 a, b, s, min, np.max
             ),
+            "that is the way from a to b alone; a piece that only b has is not seen.": lambda a, b, s: _hausdorff(
+                a, b, s, lambda forth, back: forth, np.max
+            ),
+            "that is the way from b to a alone; a piece that only a has is not seen.": lambda a, b, s: _hausdorff(
+                a, b, s, lambda forth, back: back, np.max
+            ),
             "the largest of the nearest distances, not their mean.": lambda a, b, s: _hausdorff(a, b, s, max, np.mean),
+        },
+    ),
+    "bootstrap_spread": Exercise(
+        lambda values: float(np.std(values) / math.sqrt(len(values))),
+        [(np.array([0.55, 0.61, 0.47, 0.7]),), (np.array([0.1, 0.4]),), (np.array([0.3, 0.3, 0.3]),)],
+        {
+            "ddof=1 is the honest standard error; the bootstrap draws from these values alone, and is smaller.": (
+                lambda values: float(np.std(values, ddof=1) / math.sqrt(len(values)))
+            ),
+            "that is how one draw spreads; a mean of n draws spreads less.": lambda values: float(np.std(values)),
+            "the variance of a mean falls with n, its standard deviation with the root of n.": lambda values: float(
+                np.std(values) / len(values)
+            ),
         },
     ),
     "fedavg": Exercise(
@@ -297,10 +402,22 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "entropy_mask": Exercise(
         lambda probabilities, progress: _mask(probabilities, progress, probabilities.shape[1]),
-        [(_logits.softmax(1), 0.0), (_peaked, 0.5), (_logits.softmax(1), 1.0)],
+        [
+            (_logits.softmax(1), 0.0),
+            (_peaked, 0.5),
+            (_logits.softmax(1), 0.5),
+            (_logits.softmax(1), 1.0),
+            (_certain, 0.5),
+        ],
         {
             "that is the released threshold, ln 2; with C classes it is ln C.": lambda p, t: _mask(p, t, 2),
             "True where the entropy is *below* the threshold.": lambda p, t: ~_mask(p, t, p.shape[1]),
+            "0 ln 0 counts as 0; 0 times minus infinity is NaN, and NaN is below nothing.": lambda p, t: (
+                _mask(p, t, p.shape[1]) & (p > 0).all(dim=1)
+            ),
+            "the ramp falls with the *square* of what is left of the progress.": lambda p, t: _mask(
+                p, t, p.shape[1], power=1
+            ),
             "the threshold opens with progress: ramp up, not a constant 0.75.": lambda p, t: (
                 -torch.special.xlogy(p, p).sum(1) < 0.75 * math.log(p.shape[1])
             ),
@@ -384,9 +501,32 @@ EXERCISES: dict[str, Exercise] = {
             ),
         },
     ),
+    "test_side": Exercise(
+        _test_side,
+        [
+            (["mary", "bob", "mary", "ann", "bob", "zoe"], 0.5),
+            (["zoe", "zoe", "ann", "bob", "zoe", "ann", "cal", "dan"], 0.3),
+            (["a", "b", "c", "d", "a"], 0.3),
+        ],
+        {
+            "a cut through the list may leave one person on both sides: go person by person.": lambda people, share: (
+                np.arange(len(people)) < math.ceil(share * len(people) - 1e-9)
+            ),
+            "count volumes, not people: some come more often than others.": lambda people, share: np.isin(
+                people, list(dict.fromkeys(people))[: math.ceil(share * len(set(people)) - 1e-9)]
+            ),
+            "in the order in which they appear, not in that of the alphabet.": lambda people, share: _test_side(
+                people, share, sorted(set(people))
+            ),
+        },
+    ),
     "auc": Exercise(
         _pairs_won,
-        [([0.9, 0.4], [0.1, 0.5, 0.3]), ([1.0, 2.0, 2.0], [2.0, 0.0]), ([0.0], [1.0])],
+        [
+            (np.array([0.9, 0.4]), np.array([0.1, 0.5, 0.3])),
+            (np.array([1.0, 2.0, 2.0]), np.array([2.0, 0.0])),
+            (np.array([0.0]), np.array([1.0])),
+        ],
         {
             "a tie is half a win, not a whole one.": lambda m, o: _pairs_won(m, o, tie=1.0),
             "a tie is half a win, not none.": lambda m, o: _pairs_won(m, o, tie=0.0),
@@ -435,6 +575,26 @@ EXERCISES: dict[str, Exercise] = {
             },
         },
     ),
+    "sum_of_answers": Exercise(
+        _sum_of_answers,
+        [
+            (_masked(_integers, _secrets), np.array([True, True, False, True]), _secrets),
+            (_masked(_integers, _secrets), np.array([False, True, True, False]), _secrets),
+            (_masked(_integers, _secrets), np.array([True, True, True, True]), _secrets),
+        ],
+        {
+            "the masks that the answers share with whoever is missing still stand in the sum.": lambda m, a, s: (
+                _sum_of_answers(m, a, 0 * s)
+            ),
+            "whoever stands first in a pair added the secret, and the second subtracted it: mind which is missing.": (
+                lambda m, a, s: _sum_of_answers(m, a, s, second=1)
+            ),
+            "the upper half of the integers stands for negative sums.": lambda m, a, s: (
+                _sum_of_answers(m, a, s) % 2**32
+            ),
+            "what has not arrived cannot be added.": lambda m, a, s: _sum_of_answers(m, np.full(len(m), True), s),
+        },
+    ),
     "crossed_resample": Exercise(
         lambda table, seeds, subjects: table[np.ix_(seeds, subjects)].mean(),
         [(_table, [0, 0, 2, 2], [1, 4, 4, 0]), (_table, [1, 1, 1, 3], [2, 2, 3, 5])],
@@ -450,7 +610,11 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "seconds_to_reach": Exercise(
         _first_reached,
-        [([0.2, 0.5, 0.6, 0.55], 3.0, 0.5), ([0.7, 0.6], 2.0, 0.65), ([0.1, 0.2], 2.0, 0.3)],
+        [
+            (np.array([0.2, 0.5, 0.6, 0.55]), 3.0, 0.5),
+            (np.array([0.7, 0.6]), 2.0, 0.65),
+            (np.array([0.1, 0.2]), 2.0, 0.3),
+        ],
         {
             "a round has to end before its Dice is there: the first round costs one round, not none.": (
                 lambda dice, seconds, target: _first_reached(dice, seconds, target) - seconds
@@ -465,7 +629,10 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "on_front": Exercise(
         _on_front,
-        [([0.7, 0.8, 0.75, 0.9], [1.0, 2.0, 3.0, 9.0]), ([0.5, 0.5, 0.4], [1.0, 2.0, 1.0])],
+        [
+            (np.array([0.7, 0.8, 0.75, 0.9]), np.array([1.0, 2.0, 3.0, 9.0])),
+            (np.array([0.5, 0.5, 0.4]), np.array([1.0, 2.0, 1.0])),
+        ],
         {
             "the best is on the front, but so is whoever is cheaper than all that are better.": lambda dice, cost: (
                 np.asarray(dice) == max(dice)
@@ -478,7 +645,10 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "honest_score": Exercise(
         lambda validation, test: test[int(np.argmax(validation))],
-        [([0.5, 0.7, 0.6], [0.4, 0.55, 0.65]), ([0.8, 0.2, 0.4], [0.7, 0.9, 0.6])],
+        [
+            (np.array([0.5, 0.7, 0.6]), np.array([0.4, 0.55, 0.65])),
+            (np.array([0.8, 0.2, 0.4]), np.array([0.7, 0.9, 0.6])),
+        ],
         {
             "the best round on the test volumes was chosen by the test volumes.": lambda validation, test: max(test),
             "report the test volumes; the validation volumes have done their work.": lambda validation, test: max(
@@ -489,7 +659,10 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "smallest_detectable": Exercise(
         _half_width,
-        [([0.8, 0.7, 0.6, 0.9], [0.75, 0.66, 0.58, 0.82]), ([0.5, 0.5, 0.9], [0.4, 0.6, 0.7])],
+        [
+            (np.array([0.8, 0.7, 0.6, 0.9]), np.array([0.75, 0.66, 0.58, 0.82])),
+            (np.array([0.5, 0.5, 0.9]), np.array([0.4, 0.6, 0.7])),
+        ],
         {
             "the two rows saw the same knees: what counts is the spread of the *differences*.": lambda a, b: (
                 _half_width(a, b, of_pairs=False)
@@ -542,7 +715,11 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "best_within": Exercise(
         lambda dice, mb, budget_mb: max(d for d, m in zip(dice, mb, strict=True) if m <= budget_mb),
-        [([0.7, 0.9, 0.8], [0.0, 5.0, 1.5], 1.5), ([0.6, 0.65], [0.0, 0.1], 1.0), ([0.7, 0.5], [0.0, 1.0], 2.0)],
+        [
+            (np.array([0.7, 0.9, 0.8]), np.array([0.0, 5.0, 1.5]), 1.5),
+            (np.array([0.6, 0.65]), np.array([0.0, 0.1]), 1.0),
+            (np.array([0.7, 0.5]), np.array([0.0, 1.0]), 2.0),
+        ],
         {
             "what costs exactly the budget is within it.": lambda dice, mb, budget_mb: max(
                 d for d, m in zip(dice, mb, strict=True) if m < budget_mb
@@ -572,8 +749,8 @@ EXERCISES: dict[str, Exercise] = {
         _usable,
         [
             (
-                [_sent + 1, _sent * math.nan, _sent[:1], _sent + 2, _sent + math.inf, _sent.T],
-                [5, 5, 5, 4, 5, 5],
+                [_sent + 1, _sent * math.nan, _sent[:1], _sent + 2, _sent + math.inf, _sent.T, _one_missing],
+                [5, 5, 5, 4, 5, 5, 5],
                 _sent,
                 5,
             ),
@@ -587,6 +764,9 @@ EXERCISES: dict[str, Exercise] = {
             "infinity is no weight either: ask for finite numbers, not for the absence of NaN.": lambda a, b, s, n: [
                 m == n and x.shape == s.shape and not bool(np.isnan(x).any()) for x, m in zip(a, b, strict=True)
             ],
+            "one weight that is no number spoils the average: all must be finite, not any.": lambda a, b, s, n: [
+                m == n and x.shape == s.shape and bool(np.isfinite(x).any()) for x, m in zip(a, b, strict=True)
+            ],
             "NumPy stretches some arrays to fit, a server must not: compare the shapes.": lambda a, b, s, n: [
                 m == n and x.shape in (s.shape, s[:1].shape, s[:, :1].shape) and bool(np.isfinite(x).all())
                 for x, m in zip(a, b, strict=True)
@@ -598,7 +778,12 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "round_time": Exercise(
         _round_time,
-        [([3.0, 10.0, 4.0], 60.0), ([3.0, math.inf, 4.0], 60.0), ([90.0, 70.0], 60.0), ([60.0, 1.0], 60.0)],
+        [
+            (np.array([3.0, 10.0, 4.0]), 60.0),
+            (np.array([3.0, math.inf, 4.0]), 60.0),
+            (np.array([90.0, 70.0]), 60.0),
+            (np.array([60.0, 1.0]), 60.0),
+        ],
         {
             "they work side by side: the slowest decides, not the sum.": lambda s, p: {
                 **_round_time(s, p),

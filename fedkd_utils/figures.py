@@ -8,6 +8,7 @@ Figures of trainings say only what does not depend on the processor.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,9 @@ _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
     "small_kd": ("#CC3311", ".", "--"),
     "small_kd_random": ("#882255", ".", ":"),
 }
+#: Rows of one family share colour and marker: how much of the marker is filled goes with the line.
+_FILLS: dict[str, Any] = {"-": "full", "--": "left", "-.": "bottom", ":": "none"}
+
 #: Title, colour, marker and line of every row of the comparison, the same in all figures.
 ROW_STYLE: dict[str, tuple[str, str, str, str]] = {
     name: (method.title, *_ROW_LOOKS[name]) for name, method in ROWS.items()
@@ -167,8 +171,9 @@ def _class_legend(figure: Figure, errors: bool = False) -> None:
     ]
     for name, (colour, marker) in ERROR_STYLE.items() if errors else ():
         face = "none" if marker == "o" else colour
-        style: Any = {"linestyle": "none", "marker": marker, "color": "#777777", "markerfacecolor": face}
-        handles.append(Line2D([], [], label=name, **style))
+        style: Any = {"linestyle": "none", "marker": marker, "color": colour, "markerfacecolor": face}
+        on_grey = [patheffects.withStroke(linewidth=4, foreground="#444444")]  # as on a volume: yellow is lost on paper
+        handles.append(Line2D([], [], label=name, path_effects=on_grey, **style))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
 
 
@@ -299,16 +304,17 @@ def heat(image: Volume, values: Volume, spacing_mm: Sequence[float], name: str, 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> Drawn:
     """Lines of (x, y) points by name."""
     figure, axes = _new(1, 1, 6.0, 3.4)
-    axis, rises = axes[0, 0], []
+    axis, ends = axes[0, 0], []
     for i, (name, points) in enumerate(series.items()):
         x, y = np.array(points, dtype=float).T
         colour, marker, line = _BY_TITLE.get(name, _OTHERS[i % len(_OTHERS)])
         axis.plot(x, y, color=colour, linestyle=line, marker=marker if len(x) <= 30 else None, label=name)
-        rises.append(f"{name} {'rises' if y[-1] > y[0] else 'falls' if y[-1] < y[0] else 'ends where it began'}")
+        ends.append(f"{name} {'higher' if y[-1] > y[0] else 'lower' if y[-1] < y[0] else 'where it began'}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     columns = 2 if len(series) == 4 else min(len(series), 3)
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    return figure, f"{title}: {ylabel} over {xlabel}, {len(series)} line{'s' * (len(series) > 1)}; {', '.join(rises)}."
+    lines = f"{len(series)} line{'s' * (len(series) > 1)}"
+    return figure, f"{title}: {ylabel} over {xlabel}, {lines}; at its end, {', '.join(ends)}."
 
 
 def dots_by_row(frame: pd.DataFrame) -> Drawn:
@@ -338,14 +344,25 @@ def dots_by_row(frame: pd.DataFrame) -> Drawn:
 
 
 def bars(values: Mapping[str, float], ylabel: str, title: str) -> Drawn:
-    """One bar per name; a row of the comparison in its own colour."""
+    """One bar per name with its number; a row of the comparison in its own colour.
+
+    The words name the longest bar, and those that are clearly below zero: by more than half of the longest.
+    """
     figure, axes = _new(1, 1, 6.0, 0.5 * len(values) + 1.2)
-    names = list(values)
+    axis, names = axes[0, 0], list(values)
     colours = [_BY_TITLE[n][0] if n in _BY_TITLE else "#0077BB" for n in names]
-    axes[0, 0].barh(names[::-1], [values[n] for n in names[::-1]], color=colours[::-1])
-    axes[0, 0].set(xlabel=ylabel, title=title)
+    drawn = axis.barh(names[::-1], [values[n] for n in names[::-1]], color=colours[::-1])
+    span = max(values.values()) - min(0.0, *values.values())
+    digits = 0 if span == 0 else max(0, 2 - math.floor(math.log10(span)))
+    axis.bar_label(drawn, fmt=f"%.{min(digits, 4)}f", padding=3, fontsize=9)
+    axis.margins(x=0.12)
+    axis.axvline(0, color="#222222", linewidth=0.8)
+    axis.set(xlabel=ylabel, title=title)
     order = sorted(names, key=lambda n: -values[n])
-    return figure, f"{title}: {ylabel} as {len(values)} bars; the longest is {order[0]}."
+    longest = max(abs(value) for value in values.values())
+    below = [name for name in names if values[name] < -longest / 2]
+    words = f"; clearly below zero: {', '.join(below)}" if below else ""
+    return figure, f"{title}: {ylabel} as {len(values)} bars; the longest is {order[0]}{words}."
 
 
 def made_and_real_knees(
@@ -445,26 +462,19 @@ def forest(frame: pd.DataFrame, title: str, xlabel: str) -> Drawn:
 
 
 def pareto(frame: pd.DataFrame, cost: str, xlabel: str, title: str) -> Drawn:
-    """Dice against a cost, one marker a row, and the front: the rows that no cheaper row reaches.
+    """Dice against a cost, one marker a row, and the front, ringed: the rows that no cheaper row reaches.
 
     Args:
         frame: columns row, dice and the one named by ``cost``.
     """
-    figure, axes = _new(1, 1, 7.4, 4.2)
+    figure, axes = _new(1, 1, 7.4, 0.16 * len(frame) + 2.6)
     axis, front = axes[0, 0], pareto_front(frame, cost)
     for line in frame.itertuples():
-        name, colour, marker, _ = ROW_STYLE[line.row]
-        on = line.row in front
-        axis.plot(
-            [getattr(line, cost)],
-            [line.dice],
-            marker,
-            color=colour,
-            markersize=9 if on else 6,
-            fillstyle="full" if on else "none",
-            label=name,
-        )
+        name, colour, marker, dashes = ROW_STYLE[line.row]
+        x, y, fill = getattr(line, cost), line.dice, _FILLS[dashes]
+        axis.plot([x], [y], marker, color=colour, markersize=7, fillstyle=fill, markerfacecoloralt="white", label=name)
     edge = frame[frame["row"].isin(front)].sort_values([cost, "dice"])
+    axis.plot(edge[cost], edge["dice"], "o", color="#222222", markersize=14, fillstyle="none")
     axis.plot(edge[cost], edge["dice"], color="#222222", linewidth=1, drawstyle="steps-post", zorder=0)
     axis.set(title=title, xlabel=xlabel, ylabel="mean Dice")
     axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

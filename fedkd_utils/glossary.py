@@ -13,10 +13,11 @@ from nbformat import NotebookNode
 PAGE = "glossary.md"
 
 _ALSO = re.compile(r"\*Also: (.+?)\.\*")
-#: Parts of Markdown that are not prose: code, equations, links and pictures, headings, HTML; what follows References.
+#: Parts of Markdown that are not prose of ours: code, equations, links and pictures, headings, quotations, HTML; what
+#: follows References.
 _NO_PROSE = re.compile(
     r"""^(?P<fence>```|~~~).*?^(?P=fence)[^\n]*$ | (?P<ticks>`+).+?(?P=ticks) | \$\$.+?\$\$ | \$[^$\n]+\$
-    | !?\[[^\]]*\]\([^)]*\) | ^\#{1,6}[ ][^\n]*$ | <[^>]+> | https?://\S+""",
+    | !?\[[^\]]*\]\([^)]*\) | ^\#{1,6}[ ][^\n]*$ | ^>[^\n]*$ | <[^>]+> | https?://\S+""",
     re.X | re.M | re.S,
 )
 _REFERENCES = re.compile(r"^## References\b.*\Z", re.M | re.S)

@@ -22,7 +22,7 @@ from nbformat import NotebookNode
 
 from fedkd_utils import pages
 from fedkd_utils.notebooks import COURSE, NOTEBOOKS, notebooks_in, read, write
-from fedkd_utils.rules import code_cells, fingerprint, problems
+from fedkd_utils.rules import code_cells, problems, stamp
 
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
@@ -106,7 +106,7 @@ def _tidy(nb: NotebookNode) -> None:
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            "fedkd": {"fingerprint": fingerprint(nb)},
+            "fedkd": stamp(nb),
         }
     )
     nbformat.validate(nb)
@@ -189,16 +189,21 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
 
 
 def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list[Path]:
-    """Execute the committed notebooks in place (those whose name begins as one of `names`), print what is amiss."""
+    """Execute the committed notebooks in place (those whose name begins as one of `names`).
+
+    Raises:
+        ValueError: no such notebook; or, when all were executed, what breaks a rule of the course.
+    """
     paths = [p for p in notebooks_in(folder) if not names or p.name.startswith(tuple(names))]
     if not paths:
         raise ValueError(f"no notebook in {folder} begins with {', '.join(names)}")
-    progress = _Progress(len(paths))
+    progress, found = _Progress(len(paths)), list[str]()
     for path in paths:
 
         def work(path: Path = path) -> NotebookNode:
             return execute_notebook(path, on_cell=progress)
 
-        for problem in problems(progress.run(path.stem, work)):
-            print(f"  {path.name}: {problem}")
+        found += [f"{path.name}: {problem}" for problem in problems(progress.run(path.stem, work))]
+    if found:
+        raise ValueError("executed and written, but against the rules of the course:\n  " + "\n  ".join(found))
     return paths

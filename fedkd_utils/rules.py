@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,10 +36,13 @@ MAX_CODE_LINES = 25
 MAX_OUTPUT_LINES = 40
 MAX_BYTES = 1_000_000
 MAX_IGNORED = 2
+MIN_WORDS = 4  # of a picture's description
 FIRST_WORDS = ("Why", "You will learn", "Prerequisites", "Paper")
 MINUTES = re.compile(r"(\d+(?: ?(?:-|to|–) ?\d+)?)\s+minutes?\b")
 LAST_WORDS = ("Recap", "Go further", "References")
-_ABSOLUTE = re.compile(r"(?<![\w.:/-])/(?:home|root|work|tmp)(?=/|\b)|\b[A-Z]:\\")
+_ABSOLUTE = re.compile(
+    r"(?:(?<![\w.:/-])|file:/*)/(?:home|root|work|tmp|Users|mnt|media|opt|private|srv|var|content)(?=/|\b)|\b[A-Z]:\\"
+)
 #: What breaks strict validation, a public code host, or the promise of no network and no GPU; and why.
 _FORBIDDEN = {
     r"\binteract(?:ive|_manual)?\(": "interact stores nothing to see: use viewer.show_volume",
@@ -48,7 +52,10 @@ _FORBIDDEN = {
     r"\bplt\.show\(|\bplt\.gcf\(|%matplotlib": "figures are shown by figures.show, with alt text",
     r"^\s*[!%]": "a line magic or shell command",
     r"\.cuda\(|['\"]cuda": "the course needs no GPU",
-    r"\b(?:urlopen|urlretrieve|requests|socket)\b": "the course needs no network",
+    r"\b(?:urlopen|urlretrieve|requests|socket)\b|['\"]https?://": "the course needs no network",
+    r"\bget_ipython\b": "a magic line or shell command in another dress",
+    r"\bdefault_rng\(\)|\bnp\.random\.(?!default_rng|Generator)\w+\(": "every draw names its generator or seed",
+    r"\btorch\.(?:rand|randn|randint|randperm)\((?!.*\bgenerator=)": "every draw names its generator or seed",
 }
 _CLOCK = re.compile(r"\bperf_counter\b|\bmonotonic\b|\btime\.time\(|\bdatetime\.now\(|%%?time")
 #: Text that names an object instead of saying something; an address in it changes every run.
@@ -85,11 +92,20 @@ def _imported(source: str) -> frozenset[str]:
     return frozenset(name.removeprefix("fedkd_utils.") for name in names if name.startswith("fedkd_utils."))
 
 
-def files_behind(nb: NotebookNode, package: Path = PACKAGE) -> list[Path]:
-    """The files of the package that can change an output of the notebook.
+#: What a code cell says that reads committed data, and the folder in ``data``.
+_DATA = {
+    r"results_folder\(PROJECT, REFERENCE\)": "results/reference",
+    r"results_folder\(PROJECT, QUICK\)": "results/quick",
+    r"engine_recorded": "results/engine",
+    r"\bdemo\b": "demo",
+}
 
-    These are the modules that its code imports or calls from the command line, those that these import, and so on, and
-    the scripts and styles that one of them names.
+
+def files_behind(nb: NotebookNode, package: Path = PACKAGE) -> list[Path]:
+    """The files that can change an output of the notebook.
+
+    These are the modules of the package that its code imports or calls from the command line, those that these import,
+    and so on, the scripts and styles that one of them names, and the committed data that its code reads.
     """
     sources = {path.stem: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
     found, todo = set[str](), {"__init__"}
@@ -102,9 +118,12 @@ def files_behind(nb: NotebookNode, package: Path = PACKAGE) -> list[Path]:
     while todo := (todo - found) & sources.keys():
         found |= todo
         todo = set().union(*(_imported(sources[module]) for module in todo))
+    code = "\n".join(cell.source for cell in code_cells(nb))
+    folders = [package.parent / "data" / folder for words, folder in _DATA.items() if re.search(words, code)]
+    data = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     pages = (path for path in package.iterdir() if path.suffix in (".js", ".css"))
     named = [path for path in pages if any(f'"{path.name}"' in sources[module] for module in found)]
-    return sorted([*(package / f"{module}.py" for module in found), *named])
+    return sorted([*(package / f"{module}.py" for module in found), *named, *data])
 
 
 def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
@@ -117,12 +136,27 @@ def fingerprint(nb: NotebookNode, package: Path = PACKAGE) -> str:
     return digest.hexdigest()
 
 
+def outputs_hash(nb: NotebookNode) -> str:
+    """SHA-256 of all stored outputs, pictures too, which nbval does not compare: another value, another hand."""
+    return hashlib.sha256(json.dumps([cell.outputs for cell in code_cells(nb)], sort_keys=True).encode()).hexdigest()
+
+
+def stamp(nb: NotebookNode) -> dict[str, str]:
+    """What a clean run leaves in the metadata of a notebook."""
+    return {"fingerprint": fingerprint(nb), "outputs": outputs_hash(nb)}
+
+
 def alt_text(output: NotebookNode) -> str:
     """What a picture shows, in words: the output's metadata or its text twin (not matplotlib's `<Figure ...>`)."""
     metadata = output.get("metadata", {})
-    twin = "".join(output.get("data", {}).get("text/plain", "")).strip().strip("'\"")
-    words = metadata.get("image/png", {}).get("alt") or metadata.get("alt") or ("" if _FIGURE.match(twin) else twin)
+    words = metadata.get("image/png", {}).get("alt") or metadata.get("alt") or twin(output)
     return str(words).strip()
+
+
+def twin(output: NotebookNode) -> str:
+    """The sentence beside a picture; empty where matplotlib wrote `<Figure ...>`."""
+    text = "".join(output.get("data", {}).get("text/plain", "")).strip().strip("'\"")
+    return "" if _FIGURE.match(text) else text
 
 
 def texts(output: NotebookNode) -> Iterator[tuple[str, str]]:
@@ -156,14 +190,18 @@ def _problems_of_form(nb: NotebookNode) -> Iterator[str]:
     if not MINUTES.search(first.source):
         yield "the first cell does not say how many minutes the notebook takes"
     for word in LAST_WORDS:
-        if last.cell_type != "markdown" or word not in last.source:
+        if last.cell_type != "markdown" or not re.search(rf"^## {word}\s*$", last.source, re.M):
             yield f"the last cell lacks {word!r}"
+    if last.cell_type == "markdown" and not re.search(r"^## References\s+- [\s\S]*\]\(http", last.source, re.M):
+        yield "the last cell names no reference with its address"
     if "widgets" in nb.metadata:
         yield "widget state is stored"
     if (size := len(nbformat.writes(nb).encode())) >= MAX_BYTES:
         yield f"{size} bytes, allowed are fewer than {MAX_BYTES}"
     if nb.metadata.get("fedkd", {}).get("fingerprint") != fingerprint(nb):
-        yield "stale: the fingerprint does not match the code; run make notebooks"
+        yield "stale: the fingerprint does not match the code or the data; run make notebooks"
+    elif nb.metadata.get("fedkd", {}).get("outputs") != outputs_hash(nb):
+        yield "the outputs are not those of the run that was stamped; run make notebooks"
     counts = [cell.execution_count for cell in code_cells(nb)]
     if counts != list(range(1, len(counts) + 1)):
         yield f"execution counts {counts} are not 1 to {len(counts)}: not one clean run"
@@ -178,16 +216,18 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
         first = cell is code_cells(nb)[0]
         if (lines := len(cell.source.splitlines())) > MAX_CODE_LINES:
             yield f"{where}: {lines} lines of code, allowed are {MAX_CODE_LINES}"
-        if position == 0 or nb.cells[position - 1].cell_type != "markdown":
+        before = nb.cells[position - 1] if position else None
+        if before is None or before.cell_type != "markdown" or not before.source.strip():
             yield f"{where}: no markdown cell before it"
+        nodes: list[ast.AST] = []
         try:
-            if (
-                any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(_tree(cell.source)))
-                and not first
-            ):
-                yield f"{where}: imports outside the first code cell"
+            nodes = list(ast.walk(_tree(cell.source)))
         except SyntaxError as error:
             yield f"{where}: not Python: {error.msg}"
+        if any(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) and not first:
+            yield f"{where}: imports outside the first code cell"
+        if match := _ABSOLUTE.search(cell.source):
+            yield f"{where}: absolute path {match[0]} in the code"
         for pattern, why in _FORBIDDEN.items():
             if match := re.search(pattern, cell.source, re.M):
                 yield f"{where}: {match[0].strip()} is not used in this course: {why}"
@@ -198,7 +238,7 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
             yield f"{where}: nbval-skip"
         if "nbval-ignore-output" in tags:
             ignored += 1
-            if not re.search(r"\bassert\b", cell.source):
+            if not any(isinstance(node, ast.Assert) for node in nodes):
                 yield f"{where}: nbval-ignore-output without an assert"
         if re.search(r"#\s*(NBVAL_|PYTEST_VALIDATE)", cell.source):
             yield f"{where}: a comment steers nbval; use tags"
@@ -208,8 +248,10 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
 
 def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
     for position, cell in enumerate(nb.cells):
-        for output in cell.get("outputs", []):
-            where = f"cell {position + 1}"
+        where, outputs = f"cell {position + 1}", cell.get("outputs", [])
+        if "raises-exception" in _tags(cell) and not any(output.output_type == "error" for output in outputs):
+            yield f"{where}: the tag raises-exception without an error"
+        for output in outputs:
             if output.output_type == "stream" and output.name == "stderr":
                 yield f"{where}: output on stderr"
             if output.output_type == "error" and "raises-exception" not in _tags(cell):
@@ -217,6 +259,10 @@ def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:
             data = output.get("data", {})
             if "image/png" in data and not alt_text(output):
                 yield f"{where}: a picture without alt text"
+            elif "image/png" in data and len(alt_text(output).split()) < MIN_WORDS:
+                yield f"{where}: a picture with fewer than {MIN_WORDS} words"
+            elif "image/png" in data and alt_text(output) != twin(output):
+                yield f"{where}: the alt text is not the sentence that nbval compares"
             if WIDGET_VIEW in data and not {"image/png", "text/plain"} & data.keys():
                 yield f"{where}: a widget without a picture or a sentence beside it"
             if "image/svg+xml" in data or _STYLED.search("".join(data.get("text/html", ""))):

@@ -306,7 +306,7 @@ def report(name: str, profile: Settings, folder: Path, seeds: Sequence[int] = gr
         reference = [record for point, record in known.items() if point.setting == setting]
         for key, runs in records.by_row(found.done, setting).items():
             if len(runs) == len(seeds):
-                dice = float(np.nanmean(statistics.score_table(runs).to_numpy(np.float64)))
+                dice = statistics.mean_score(runs)
                 lines.append(f"  {setting:14s} {key:50s} Dice {dice:.3f}  {_against(reference, runs)}".rstrip())
     return "\n".join(lines)
 

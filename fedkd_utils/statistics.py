@@ -146,10 +146,35 @@ def difference_table(
     for name, runs in results.items():
         if name != against:
             found = difference(results[against], runs, metric=metric, components=components)
-            own = score_table(runs, metric, components).to_numpy(np.float64)
             facts = {"difference": found.mean, "low": found.low, "high": found.high}
-            lines.append({"row": name, metric: float(np.nanmean(own)), **facts, "seeds": found.seeds})
+            lines.append({"row": name, metric: mean_score(runs, metric, components), **facts, "seeds": found.seeds})
     return pd.DataFrame(lines, columns=["row", metric, "difference", "low", "high", "seeds"])
+
+
+def effect_table(variants: Mapping[str, Sequence[Measured]], rows: Mapping[str, Sequence[Measured]]) -> pd.DataFrame:
+    """One line per variant of a row, named "row what differs": it minus the row as it is, and its own mean Dice.
+
+    Pairs are formed over the seeds that both have; ``rows`` holds the rows as they are.
+
+    Raises:
+        ValueError: a row is not there, has no seed in common with its variant, or was tested on other knees.
+    """
+    lines = []
+    for name, runs in variants.items():
+        row = name.partition(" ")[0]
+        if row not in rows:
+            raise ValueError(f"{name!r} has nothing to be compared with: run the row {row!r} as it is.")
+        seeds = {run.seed for run in runs} & {run.seed for run in rows[row]}
+        own, plain = ([run for run in side if run.seed in seeds] for side in (runs, rows[row]))
+        found = difference(own, plain)
+        facts = {"difference": found.mean, "low": found.low, "high": found.high, "seeds": found.seeds}
+        lines.append({"row": name, "dice": mean_score(own), **facts})
+    return pd.DataFrame(lines, columns=["row", "dice", "difference", "low", "high", "seeds"])
+
+
+def mean_score(results: Iterable[Measured], metric: str = "dice", components: str = "all") -> float:
+    """The mean of :func:`score_table`, NaN left out."""
+    return float(np.nanmean(score_table(results, metric, components).to_numpy(np.float64)))
 
 
 def course_of(result: Measured) -> pd.DataFrame:

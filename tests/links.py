@@ -32,7 +32,10 @@ def links_and_anchors(path: Path) -> tuple[list[str], set[str]]:
         while (anchor := f"{name}-{number}" if number else name) in anchors:
             number += 1
         anchors.add(anchor)
-    return re.findall(r"\]\(([^)\s]+)\)", prose), anchors
+    inline = re.findall(r"\]\(\s*<?([^)\s>]+)>?(?:\s+[\"'(][^)]*)?\)", prose)
+    named = re.findall(r"^ {0,3}\[[^\]^][^\]]*\]:\s*<?([^\s>]+)", prose, re.M)
+    markup = re.findall(r"<(?:a|img)\b[^>]*?\b(?:href|src)\s*=\s*[\"']?([^\"'\s>]+)", prose, re.I)
+    return [*inline, *named, *markup], anchors
 
 
 def broken_links(path: Path) -> list[str]:

@@ -47,6 +47,11 @@ DOUBLE = Exercise(
         (lambda x: None, "NOT ATTEMPTED"),
         (lambda x: x * x, "WRONG: twice, not squared."),
         (lambda x: x * 0.5, "WRONG: twice, not halved."),
+        (lambda x: (2 * x).tolist(), "CORRECT"),
+        (lambda x: [torch.tensor(2 * v) for v in x], "CORRECT"),
+        (lambda x: [str(2 * v) for v in x], "WRONG: for test input 1 "),
+        (lambda x: np.array([2 * v if v == v else None for v in x]), "WRONG: for test input 1 "),
+        (lambda x: [[1.0], [2.0, 3.0]], "WRONG: for test input 1 "),
         (lambda x: 1 / 0, "WRONG: it raised ZeroDivisionError: division by zero"),
         (lambda x, y: x, "WRONG: it raised TypeError: "),
         (3.0, "WRONG: it raised TypeError: 'float' object is not callable"),
@@ -62,6 +67,116 @@ def test_verdicts(answer, verdict):
     given = course.judge(DOUBLE, answer)
     assert given.startswith(verdict) and (not verdict.endswith((".", "CORRECT", "ATTEMPTED")) or given == verdict)
     assert "\n" not in given
+
+
+def _raises(*_):
+    raise ValueError("first line\nsecond line " + 500 * "x")
+
+
+#: What a beginner's function may hand back instead of an answer.
+STRANGE = {
+    "a boolean": lambda *_: True,
+    "booleans": lambda *_: np.array([True, False]),
+    "booleans of torch": lambda *_: torch.tensor([[True], [False]]),
+    "words": lambda *_: "six\nor seven",
+    "an array of words": lambda *_: np.array(["a", "b\nc"]),
+    "objects": lambda *_: np.array([None, 1.0, "x"], dtype=object),
+    "a ragged list": lambda *_: [[1.0], [2.0, 3.0]],
+    "a list of None": lambda *_: [None],
+    "None once": lambda *a: None if _calls(a) else 1.0,
+    "a tuple": lambda *_: (1, "2", None),
+    "a set": lambda *_: {1, 2},
+    "an empty array": lambda *_: np.zeros((0, 3)),
+    "another shape": lambda *_: np.zeros((1, 2, 3, 1)),
+    "a complex number": lambda *_: 1 + 2j,
+    "complex numbers": lambda *_: np.array([1 + 2j]),
+    "an integer too large": lambda *_: 10**400,
+    "an integer too large to print": lambda *_: 10**5000,
+    "bfloat16 with a gradient": lambda *_: torch.ones(2, dtype=torch.bfloat16, requires_grad=True),
+    "a float of torch": lambda *_: torch.tensor(1.5, requires_grad=True),
+    "a dictionary": lambda *_: {"down": "x", "sent": None, "w": np.array([True])},
+    "a function": lambda *_: len,
+    "an array in a list": lambda *_: [np.zeros(3), np.zeros(2)],
+    "an error of two lines": _raises,
+}
+
+
+def _calls(_, count=[0]):  # noqa: B006
+    count[0] += 1
+    return count[0] % 2
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_every_exercise_has_a_verdict_on_whatever_comes(strange):
+    for name, exercise in EXERCISES.items():
+        verdict = course.judge(exercise, STRANGE[strange])
+        assert verdict.startswith("WRONG"), (name, verdict)
+        assert "\n" not in verdict and len(verdict) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "with_arrays", "with_lists"),
+    [
+        (
+            "auc",
+            lambda m, o: ((m[:, None] > o).mean() + (m[:, None] >= o).mean()) / 2,
+            lambda m, o: sum((a > b) + 0.5 * (a == b) for a in m for b in o) / (len(m) * len(o)),
+        ),
+        (
+            "on_front",
+            lambda d, c: ~(((d > d[:, None]) & (c <= c[:, None])) | ((d >= d[:, None]) & (c < c[:, None]))).any(axis=1),
+            lambda d, c: [
+                not any((D > e and C <= f) or (D >= e and C < f) for D, C in zip(d, c, strict=True))
+                for e, f in zip(d, c, strict=True)
+            ],
+        ),
+        (
+            "smallest_detectable",
+            lambda a, b: 1.96 * (a - b).std(ddof=1) / len(a) ** 0.5,
+            lambda a, b: 1.96 * np.std([x - y for x, y in zip(a, b, strict=True)], ddof=1) / len(a) ** 0.5,
+        ),
+        ("honest_score", lambda v, t: t[v.argmax()], lambda v, t: t[v.index(max(v))]),
+        (
+            "best_within",
+            lambda dice, mb, budget: dice[mb <= budget].max(),
+            lambda dice, mb, budget: max([0] + [d for d, m in zip(dice, mb, strict=True) if m <= budget]),
+        ),
+    ],
+)
+def test_code_for_arrays_and_code_for_lists_are_as_good(name, with_arrays, with_lists):
+    assert course.judge(EXERCISES[name], with_arrays) == course.judge(EXERCISES[name], with_lists) == "CORRECT"
+
+
+# ----------------------------------------------------------------------------------------------------------- the grade
+NEEDED = {"pass": 0.68, "good": 0.77, "excellent": 0.85}
+
+
+@pytest.mark.parametrize(
+    ("dice", "mb", "given"),
+    [
+        (0.5, 1.0, "none"),
+        (0.6799, 1.0, "none"),
+        (0.68, 1.0, "pass"),
+        (0.8, 1.5, "good"),
+        (0.9, 0.0, "excellent"),
+        (0.9, 1.5001, "refused"),
+        (0.0, 99.0, "refused"),
+    ],
+)
+def test_the_grade_of_a_plan(dice, mb, given, capsys):
+    assert course.grade(dice, mb, 1.5, NEEDED) == given
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"grade: {given}") and len(shown.splitlines()) == 1
+    for name, least in NEEDED.items():
+        assert (f"{name} needs a Dice of {least:.3f}" in shown) == (given != "refused" and dice < least)
+
+
+@pytest.mark.parametrize(
+    ("dice", "mb"), [(math.nan, 1.0), (86.0, 1.0), (-0.1, 1.0), (0.5, -1.0), (0.5, math.nan), (0.5, math.inf)]
+)
+def test_no_grade_for_what_cannot_be(dice, mb):
+    with pytest.raises(ValueError, match="lies between 0 and 1|were not paid"):
+        course.grade(dice, mb, 1.5, NEEDED)
 
 
 def test_a_dictionary_is_compared_key_by_key():
@@ -185,11 +300,64 @@ def test_the_other_references_in_closed_form():
     assert EXERCISES["bytes_saved"].reference(7, 5, 2) == every_round - once
     far, near = np.array([[0, 0, 0], [3, 0, 0]]), np.array([[0, 0, 0]])  # 3 slices of 4 mm apart, one way only
     assert EXERCISES["hausdorff_mm"].reference(far, near, (4.0, 1.2, 1.2)) == pytest.approx(12)
+    both = EXERCISES["hausdorff_mm"].reference(near, far, (4.0, 1.2, 1.2))
+    assert both == pytest.approx(12)  # the other way
     assert EXERCISES["teacher_left"].reference([0.5, 0.5]) == pytest.approx(0.25)
     for noise, rounds in ((1.0, 9), (3.0, 4)):  # so many rounds cost what one costs
         several = EXERCISES["noise_for_rounds"].reference(noise, rounds)
         assert disclosure.epsilon(several, rounds, 1e-5) == pytest.approx(disclosure.epsilon(noise, 1, 1e-5), rel=1e-9)
     assert math.isnan(EXERCISES["dice"].reference(np.zeros(3), np.zeros(3), 1))
+
+
+def test_the_gradient_of_soft_dice_is_that_of_autograd():
+    g = torch.Generator().manual_seed(4)
+    p = torch.rand(3, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    y = (torch.rand(3, 4, 5, generator=g) < 0.3).double()
+    (1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)).backward()
+    ours = EXERCISES["soft_dice_gradient"].reference(p.detach().numpy(), y.numpy())
+    assert np.allclose(ours, p.grad.numpy(), rtol=1e-12)
+
+
+def test_the_best_echo_is_where_a_fine_search_finds_it():
+    te = np.linspace(0, 400, 400_001)
+    for one, other in ((133.0, 37.0), (37.0, 133.0), (90.0, 60.0)):
+        found = te[np.abs(np.exp(-te / one) - np.exp(-te / other)).argmax()]
+        assert EXERCISES["best_echo_ms"].reference(one, other) == pytest.approx(found, abs=2e-3)
+
+
+def test_the_spread_of_the_bootstrap_is_that_of_all_its_draws():
+    values = np.array([0.55, 0.61, 0.47, 0.7])
+    every = np.stack(np.meshgrid(*[values] * 4)).reshape(4, -1).mean(axis=0)  # all 256 draws, equally likely
+    assert EXERCISES["bootstrap_spread"].reference(values) == pytest.approx(every.std(), rel=1e-12)
+
+
+def test_the_sum_of_answers_is_that_of_the_protocol():
+    names, values = ["a", "b", "c", "d"], {"a": -7.0, "b": 30.0, "c": -52.0, "d": 11.0}
+    seeds = disclosure.pair_seeds(names, seed=0, round_number=1)
+    masked = {
+        n: (disclosure.to_fixed(torch.tensor([v]), 4) + disclosure.mask_of(n, seeds[n], 1)) % 2**32
+        for n, v in values.items()
+    }
+    answered = {n: m for n, m in masked.items() if n != "c"}
+    truth = disclosure.unmasked_sum(answered, {"c": {n: seeds[n]["c"] for n in answered}})
+    secrets = np.zeros((4, 4), dtype=np.int64)
+    for k, one in enumerate(names):
+        for j in range(k + 1, 4):
+            secrets[k, j] = int(disclosure.mask_of(one, {names[j]: seeds[one][names[j]]}, 1)) % 2**32
+    messages = np.array([int(masked[n]) % 2**32 for n in names])
+    given = EXERCISES["sum_of_answers"].reference(messages, np.array([n != "c" for n in names]), secrets)
+    assert given / 2**20 == float(truth) == -7 + 30 + 11
+
+
+def test_no_person_is_on_both_sides():
+    people = np.random.default_rng(0).choice(list("abcdefgh"), 40).tolist()
+    for share in (0.1, 0.3, 0.5):
+        test = EXERCISES["test_side"].reference(people, share)
+        chosen = {p for p, t in zip(people, test, strict=True) if t}
+        assert not chosen & {p for p, t in zip(people, test, strict=True) if not t}
+        assert test.mean() >= share
+        last = [p for p in dict.fromkeys(people) if p in chosen][-1]
+        assert sum(p in chosen - {last} for p in people) < share * len(people)  # without the last there were too few
 
 
 # -------------------------------------------------------------------------------------- the exercises in the notebooks

@@ -209,7 +209,8 @@ def test_curves_draw_the_points_and_say_which_way_they_go():
     assert axis.lines[0].get_color() == figures.ROW_STYLE["fedavg"][1]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("round", "mean Dice")
     assert alt == (
-        "Dice by round: mean Dice over round, 3 lines; FedAvg, labelled only rises, b falls, c ends where it began."
+        "Dice by round: mean Dice over round, 3 lines; at its end, FedAvg, labelled only higher, b lower, c where it "
+        "began."
     )
 
 
@@ -254,9 +255,17 @@ def test_bars_name_the_longest_and_keep_the_order():
     figure, alt = figures.bars({"DESS": 0.9, "T1": 0.1, "PD": 0.95}, "mean Dice", "One teacher")
     axis = figure.axes[0]
     assert alt == "One teacher: mean Dice as 3 bars; the longest is PD."
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.950", "0.100", "0.900"]  # every bar has its number
     bars = sorted(axis.patches, key=lambda bar: -bar.get_y())
     assert [bar.get_width() for bar in bars] == [0.9, 0.1, 0.95]
     assert [t.get_text() for t in axis.get_yticklabels()] == ["PD", "T1", "DESS"]
+
+
+def test_bars_say_what_is_clearly_below_zero():
+    _, alt = figures.bars({"PD": 0.013, "T1": 0.007, "T2": -0.006, "echo": -0.02}, "gain", "Gain")
+    assert alt == "Gain: gain as 4 bars; the longest is PD; clearly below zero: echo."
+    figure, alt = figures.bars({"a": 0.0, "b": 0.0}, "gain", "Nothing")  # a bar of no length has a number
+    assert "below" not in alt and [text.get_text() for text in figure.axes[0].texts] == ["0", "0"]
 
 
 def test_made_knees_stand_beside_the_literature():
@@ -348,4 +357,5 @@ def test_the_pareto_front_is_what_no_cheaper_row_reaches():
     )
     drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[0].lines[:5]}
     assert drawn["Dual distillation"] == (12.0, 0.8) and figure.axes[0].get_legend() is not None
-    assert list(figure.axes[0].lines[5].get_ydata()) == [0.6, 0.7, 0.8]
+    ringed, front = figure.axes[0].lines[5:]
+    assert list(ringed.get_ydata()) == list(front.get_ydata()) == [0.6, 0.7, 0.8]

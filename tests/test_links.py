@@ -13,6 +13,7 @@ from fedkd_utils import rules
 
 PROJECT = Path(__file__).resolve().parent.parent
 GUIDES = ["README.md", "CONTRIBUTING.md", "data/README.md", "notebooks/glossary.md", "notebooks/notation.md"]
+GUIDES += sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("name", [*GUIDES, *(f"notebooks/{name}.ipynb" for name in rules.NAMES)])
@@ -22,9 +23,10 @@ def test_links_lead_somewhere(name):
 
 TEXT = (
     "[a](b.md), [b](b.md#two-words), [c](https://example.org/x#y), [d](#here), ![e](gone.png), [f](02_gone.ipynb),"
-    " [g](b.md#gone), [h](#gone), [i](b.md#two-words-1), `[j](code.md)`\n\n## Here"
+    ' [g](b.md#gone), [h](#gone), [i](b.md#two-words-1), `[j](code.md)`, [k](gone.md "title"), [l](<b.md>), [m][n],'
+    ' <a class="x" href="o.html">o</a>, <img src=p.png>\n\n[n]: q.md "title"\n\n## Here'
 )
-GONE = ["gone.png", "02_gone.ipynb", "b.md#gone", "#gone"]
+GONE = ["gone.png", "02_gone.ipynb", "b.md#gone", "#gone", "gone.md", "q.md", "o.html", "p.png"]
 
 
 def test_a_broken_link_is_found(tmp_path):

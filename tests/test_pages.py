@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from fedkd_utils import pages, rules
 from fedkd_utils.__main__ import main
-from fedkd_utils.notebooks import NOTEBOOKS
+from fedkd_utils.notebooks import NOTEBOOKS, read
 
 FILES = [*(f"{name}.html" for name in rules.NAMES), "glossary.html", "notation.html", "index.html"]
 # Without preload: axe would read the style sheet again, which a browser forbids for files.
@@ -60,6 +60,19 @@ def test_pages_are_complete_without_a_network(course):
 @pytest.mark.parametrize("name", FILES)
 def test_every_link_leads_somewhere(course, name):
     assert not broken_links(course / name)
+
+
+def test_what_is_folded_stays_folded(course, soups):
+    for name, soup in soups.items():
+        source = NOTEBOOKS / name.replace(".html", ".ipynb")
+        folded = soup.find_all("details")
+        assert all(
+            block.find("summary") and len(block.get_text()) > len(block.summary.get_text()) + 20 for block in folded
+        )
+        if source.is_file():
+            prose = "".join(cell.source for cell in read(source).cells if cell.cell_type == "markdown")
+            assert len(folded) == prose.count("<details>"), name
+            assert sum(block.find("pre") is not None for block in folded) == prose.count("<summary>Solution"), name
 
 
 def test_pages_are_in_a_row(soups):

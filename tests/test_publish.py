@@ -240,7 +240,7 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
     passed, report = nbval(path)
     assert passed and "6 passed" in report, report
     page = pages.build([path], tmp_path / "site").with_name("00_a.html").read_text()
-    assert 'alt="Dice by round: Dice over round, 1 line; a rises."' in page
+    assert 'alt="Dice by round: Dice over round, 1 line; at its end, a higher."' in page
     assert 'alt="Numbers: ' in page and page.count("data:image/png;base64,") == 4
     assert "Teacher: finished" in page
     nb.cells[4].source = nb.cells[4].source.replace("(1, 1.0)", "(1, -1.0)")

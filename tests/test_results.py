@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -79,8 +80,11 @@ def test_the_chosen_rate_is_the_best_of_its_trials():
 def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
     names = [path for path in (RESULTS / "reference").iterdir() if path.name not in OTHERS]
-    assert {records.read_record(path).seed for path in names} == {0}, "the README says that there is one seed"
+    found = [records.read_record(path) for path in names]
+    assert {record.seed for record in found} == {0}, "the README says that there is one seed"
     assert text.count("All results so far are of 1 seed") == text.count("現在の結果はすべて乱数シード1つだけ") == 1
-    assert "All results so far are of **one seed**" in text and "one seed of some of the rows" in text
-    assert "compare four rows" in text and len(COURSE_ROWS) == 4
+    assert "All results so far are of **one seed**" in text and "one seed of every row" in text
+    plain = {(record.row, record.setting) for record in found if not record.label}
+    assert plain == set(itertools.product(ROWS, grids.BOTH))
+    assert "03 to 06 train four rows" in text and len(COURSE_ROWS) == 4
     assert "from the same four" in text and len(runner.LEARNING_RATES) == 4

@@ -143,6 +143,24 @@ def test_the_table_subtracts_every_row_from_one() -> None:
     assert list(table["dice"]) == pytest.approx([base.mean() - 0.1, base.mean() + 0.2])
 
 
+def test_an_effect_is_the_variant_minus_its_row_over_the_seeds_that_both_have() -> None:
+    rng = np.random.default_rng(8)
+    plain, variant = rng.normal(0.7, 0.02, (3, 6)), rng.normal(0.8, 0.02, (2, 6))
+    table = statistics.effect_table({"x wider_2": runs(variant)}, {"x": runs(plain), "y": runs(plain)})
+    (line,) = table.to_dict("records")
+    expected = statistics.bootstrap_interval(variant - plain[:2])
+    assert line["row"] == "x wider_2" and line["seeds"] == 2 and line["dice"] == pytest.approx(variant.mean())
+    interval = (expected.mean, expected.low, expected.high)  # of the same draws, for cases in another order
+    assert (line["difference"], line["low"], line["high"]) == pytest.approx(interval, abs=5e-4)
+    backwards = statistics.difference_table({"x": runs(variant), "y": runs(plain[:2])}, "x").iloc[0]
+    assert line["difference"] == pytest.approx(backwards["difference"])  # the same, asked the other way round
+    with pytest.raises(ValueError, match="run the row 'z'"):
+        statistics.effect_table({"z wider_2": runs(variant)}, {"x": runs(plain)})
+    other = [Run(seed=7, test=runs(variant)[0].test)]
+    with pytest.raises(ValueError, match="No result to compare"):
+        statistics.effect_table({"x wider_2": other}, {"x": runs(plain)})
+
+
 def timed(dice: list[float], seconds: float, teacher: float = 0.0) -> Run:
     history = [
         {
