@@ -53,6 +53,10 @@ def _hausdorff(a: Any, b: Any, spacing_mm: Any, of_two: Any, of_many: Any) -> fl
     return float(of_two(of_many(apart.min(axis=1)), of_many(apart.min(axis=0))))
 
 
+def _weighted(values: Any, weights: Any) -> float:
+    return float((weights * values).sum() / weights.sum())
+
+
 def _dice(a: Any, b: Any, value: int) -> float:
     p, t = a == value, b == value
     total = p.sum() + t.sum()
@@ -389,6 +393,25 @@ EXERCISES: dict[str, Exercise] = {
             "the distance is squared: no root.": lambda s, g, mu: mu / 2 * _squared_distance(s, g).sqrt(),
         },
     ),
+    "fedavg_end": Exercise(
+        lambda pulls, wishes, counts, steps, rate: _weighted(wishes, counts * (1 - (1 - rate * pulls) ** steps)),
+        [
+            (np.array([1.0, 4.0]), np.array([0.0, 1.0]), np.array([10, 30]), 5, 0.1),
+            (np.array([0.5, 2.0, 3.0]), np.array([1.0, -1.0, 2.0]), np.array([8, 2, 5]), 20, 0.2),
+            (np.array([1.0, 4.0]), np.array([0.0, 1.0]), np.array([10, 30]), 1, 0.1),
+        ],
+        {
+            "a hospital with more volumes counts more: its weight has n_k in it.": lambda a, c, n, e, r: _weighted(
+                c, 1 - (1 - r * a) ** e
+            ),
+            "that is the optimum of all together; with several local steps FedAvg ends elsewhere.": (
+                lambda a, c, n, e, r: _weighted(c, n * a)
+            ),
+            "(1 - eta a)^E is the part of the way that is left; the weight is the part that was gone.": (
+                lambda a, c, n, e, r: _weighted(c, n * (1 - r * a) ** e)
+            ),
+        },
+    ),
     "temperature_softmax": Exercise(
         lambda logits, tau: (logits / tau).softmax(dim=1),
         [(_logits, 2.0), (_wide, 0.5)],
@@ -439,6 +462,21 @@ EXERCISES: dict[str, Exercise] = {
         {
             "beyond s_max the ramp stays at 1: clip the ratio.": lambda s, m: math.exp(-5 * (1 - s / m) ** 2),
             "that is a line; the ramp is exp(-5 (1 - x)^2).": lambda s, m: min(max(s / m, 0.0), 1.0),
+        },
+    ),
+    "distillation_gradient": Exercise(
+        lambda teacher, student, tau: tau * ((student / tau).softmax(1) - (teacher / tau).softmax(1)),
+        [(_logits, _logits.flip(2), 2.0), (_logits.flip(0), _logits, 0.5), (_logits, _logits, 1.0)],
+        {
+            "tau squared times 1/tau is tau, not 1/tau: the square is missing.": lambda t, s, tau: (
+                ((s / tau).softmax(1) - (t / tau).softmax(1)) / tau
+            ),
+            "the loss falls when the student moves towards the teacher: mind the sign.": lambda t, s, tau: (
+                tau * ((t / tau).softmax(1) - (s / tau).softmax(1))
+            ),
+            "that is the limit for a high temperature only.": lambda t, s, tau: (
+                (s - s.mean(1, keepdim=True) - t + t.mean(1, keepdim=True)) / t.shape[1]
+            ),
         },
     ),
     "hand_over": Exercise(

@@ -3,7 +3,7 @@
   const MOST = 30, AROUND = 90;
   const form = document.querySelector("form[role=search]");
   const input = form.querySelector("input"), found = form.querySelector("[role=status]"), list = form.querySelector("ol");
-  const plain = (text) => text.toLowerCase();
+  const plain = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
 
   function matches(query) {
     const words = plain(query).split(/\s+/).filter(Boolean);

@@ -31,9 +31,20 @@ def test_from_notebook_01_on_one_predicts_meets_a_mistake_and_does_exercises(nam
     """As the README promises."""
     cells = nbformat.read(FOLDER / name, as_version=4).cells
     prose = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    assert re.search(r"\bpredict\b", prose, re.I) and re.search(r"one realistic mistake", prose, re.I)
+    asked = len(re.findall(r"\*Predict", prose))  # *Predict first:* with its answer folded below what is run
+    assert 1 <= asked <= prose.count("<summary>Answer</summary>") and re.search(r"one realistic mistake", prose, re.I)
     assert re.search(r"by[_ ]hand", "\n".join(cell.source for cell in cells), re.I)
-    assert prose.count("<summary>Solution</summary>") >= 2
+    assert prose.count("<summary>Solution</summary>") >= 3
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_reference_has_its_doi(name):
+    """Or leads to a page that has none."""
+    (_, references) = nbformat.read(FOLDER / name, as_version=4).cells[-1].source.split("## References")
+    for reference in re.split(r"^- | · ", references, flags=re.M)[1:]:
+        doi = re.search(r"\[doi:(10\.\d{4,}/[^\]\s]+)\]\(https://doi\.org/(\S+)\)", reference)
+        assert doi is None or doi[1] == doi[2], reference
+        assert doi is not None or "https://nipy.org/" in reference, reference
 
 
 # ------------------------------------------------------------------------------------------------ the checker, checked

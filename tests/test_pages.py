@@ -283,6 +283,7 @@ def test_search_finds_words_and_its_links_lead_to_them(reader):
     page.press("#words", "Enter")
     page.wait_for_url("**/01_knee_volumes.html#why-is-cartilage-bright-here-and-dark-there")
     assert reader.found("DICE")[0] == reader.found("dice")[0] != []
+    assert "Rényi divergence" in reader.found("renyi")[0]
     assert reader.found("xyzzy") == ([], "Nothing found.") and reader.found(" ") == ([], "")
     assert len(reader.found("the")[0]) == 30 and "the first 30 are below" in page.inner_text("#found")
     page.locator("#results a").last.focus()
