@@ -53,7 +53,7 @@ def bare_loop(
     row: str = "fedavg",
     teacher: TappedNetwork | None = None,
 ) -> State:
-    """A row whose students are averaged, with nothing around it: no check, ledger, checkpoint or choice of a round.
+    """A row whose students are averaged, with nothing around it: no ledger, no checkpoint, no choice of a round.
 
     Client updates one after the other, their average, and its validation if asked; the teacher looks once.
     """

@@ -28,9 +28,12 @@ def _numbers(value: Any) -> np.ndarray[Any, Any]:
     """A number, an array, a tensor or a list of these as float64.
 
     Raises:
-        TypeError, ValueError: it holds anything else. (NumPy alone would read None as NaN, and "2" as 2.)
+        TypeError, ValueError, OverflowError, RuntimeError: it holds anything else. (NumPy alone would read None as
+            NaN, and "2" as 2.)
     """
     if isinstance(value, torch.Tensor):
+        if value.is_complex():
+            raise TypeError("not numbers")
         value = value.to(torch.float64)  # NumPy has no bfloat16
     array = _array(value)
     if array.dtype.kind == "O" and not all(isinstance(v, (int, float, np.number, torch.Tensor)) for v in array.flat):

@@ -141,7 +141,7 @@ def _best_echo(a: float, b: float) -> float:
 
 
 def _soft_dice_gradient(p: Any, y: Any, smooth: float = 1.0) -> Any:
-    """d/dp of 1 - (2 sum p y + 1) / (sum p + sum y + 1), with double precision as given."""
+    """d/dp of 1 - (2 sum p y + 1) / (sum p + sum y + 1), for every voxel."""
     overlap, total = 2 * (p * y).sum() + smooth, p.sum() + y.sum() + smooth
     return overlap / total**2 - 2 * y / total
 

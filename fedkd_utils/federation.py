@@ -338,8 +338,8 @@ def begin(
 def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dict[str, dict[str, float]]:
     """Steps 3 to 5 of figure 1: collect, average, send back; returns the metrics of each client.
 
-    Updates come in the order of the clients' names, and each is let go before the next one is asked for, so that a
-    plain average takes the same memory for any number of clients. Clipping and groups need all of them at once.
+    Updates come in the order of the clients' names, and each is let go when the next one comes, so that a plain
+    average takes the same memory for any number of clients. Clipping and groups need all of them at once.
     """
     settings, before = plan.settings, run.students.get("", {})
     averages = plan.method.averages(number, settings)

@@ -165,10 +165,8 @@ def _outline(axis: Any, label: Volume, index: int) -> None:
             axis.contour(mask, [0.5], colors=CLASS_COLOURS[name], linestyles=CLASS_LINES[name], linewidths=1.3)
 
 
-def _class_legend(figure: Figure, errors: bool = False) -> None:
-    handles = [
-        Line2D([], [], color=CLASS_COLOURS[n], linestyle=CLASS_LINES[n], label=f"{n} cartilage") for n in CLASS_COLOURS
-    ]
+def _class_legend(figure: Figure, names: Sequence[str] = tuple(CLASS_COLOURS), errors: bool = False) -> None:
+    handles = [Line2D([], [], color=CLASS_COLOURS[n], linestyle=CLASS_LINES[n], label=f"{n} cartilage") for n in names]
     for name, (colour, marker) in ERROR_STYLE.items() if errors else ():
         face = "none" if marker == "o" else colour
         style: Any = {"linestyle": "none", "marker": marker, "color": colour, "markerfacecolor": face}
@@ -206,8 +204,9 @@ def montage(
     figure.suptitle(title)
     alt = f"{title or 'A knee'}: {len(chosen)} sagittal slices of {image.shape[0]}, anterior to the left"
     if label is not None:
-        _class_legend(figure)
         present = [CLASS_NAMES[c] for c in CARTILAGES if (label == c).any()]
+        if present:
+            _class_legend(figure, present)
         alt += f", with {', '.join(present) or 'no'} cartilage outlined"
     return figure, alt + "."
 
@@ -344,25 +343,20 @@ def dots_by_row(frame: pd.DataFrame) -> Drawn:
 
 
 def bars(values: Mapping[str, float], ylabel: str, title: str) -> Drawn:
-    """One bar per name with its number; a row of the comparison in its own colour.
-
-    The words name the longest bar, and those that are clearly below zero: by more than half of the longest.
-    """
+    """One bar per name with its number, to three decimals at most; a row of the comparison in its own colour."""
     figure, axes = _new(1, 1, 6.0, 0.5 * len(values) + 1.2)
     axis, names = axes[0, 0], list(values)
     colours = [_BY_TITLE[n][0] if n in _BY_TITLE else "#0077BB" for n in names]
     drawn = axis.barh(names[::-1], [values[n] for n in names[::-1]], color=colours[::-1])
-    span = max(values.values()) - min(0.0, *values.values())
+    known = [value for value in values.values() if math.isfinite(value)]
+    span = max(0.0, *known) - min(0.0, *known)
     digits = 0 if span == 0 else max(0, 2 - math.floor(math.log10(span)))
-    axis.bar_label(drawn, fmt=f"%.{min(digits, 4)}f", padding=3, fontsize=9)
-    axis.margins(x=0.12)
+    axis.bar_label(drawn, fmt=f"%.{min(digits, 3)}f", padding=3, fontsize=9)
+    axis.margins(x=0.35 if min(known) < 0 else 0.12)  # room for the numbers
     axis.axvline(0, color="#222222", linewidth=0.8)
     axis.set(xlabel=ylabel, title=title)
     order = sorted(names, key=lambda n: -values[n])
-    longest = max(abs(value) for value in values.values())
-    below = [name for name in names if values[name] < -longest / 2]
-    words = f"; clearly below zero: {', '.join(below)}" if below else ""
-    return figure, f"{title}: {ylabel} as {len(values)} bars; the longest is {order[0]}{words}."
+    return figure, f"{title}: {ylabel} as {len(values)} bars; the highest is {order[0]}."
 
 
 def made_and_real_knees(

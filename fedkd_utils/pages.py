@@ -62,11 +62,8 @@ def mathml(latex: str, display: bool) -> str:
 
 class _Renderer(IPythonRenderer):
     def block_html(self, html: str) -> str:
-        if (
-            "<img" not in html
-        ):  # else pictures are embedded, and HTML that goes on below a blank line is closed too soon
-            return html
-        return str(super().block_html(html))
+        # What embeds pictures would close a folded block at its first blank line.
+        return str(super().block_html(html)) if "<img" in html else html
 
     def block_math(self, body: str) -> str:
         return mathml(body, display=True)

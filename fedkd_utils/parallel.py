@@ -33,9 +33,9 @@ def side_by_side(
 ) -> Generator[T, None, None]:
     """Work on every site in threads, results in the order of the sites; progress goes to the calling thread.
 
-    At most twice as many results as workers are there at a time: work begins on a site only when those before it have
-    been taken. When one fails, or the caller stops early, the others stop at their next step, and the first error in
-    the order of the sites is raised; a caller that may stop early closes the generator.
+    Work begins at most twice as many sites ahead of the last result that was taken as there are workers, so few results
+    are there at a time. When one fails, or the caller stops early, the others stop at their next step, and the first
+    error in the order of the sites is raised; a caller that may stop early closes the generator.
     """
     count = min(default_workers() if workers is None else workers, len(sites))
     if count <= 1:

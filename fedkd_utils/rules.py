@@ -41,7 +41,7 @@ FIRST_WORDS = ("Why", "You will learn", "Prerequisites", "Paper")
 MINUTES = re.compile(r"(\d+(?: ?(?:-|to|–) ?\d+)?)\s+minutes?\b")
 LAST_WORDS = ("Recap", "Go further", "References")
 _ABSOLUTE = re.compile(
-    r"(?:(?<![\w.:/-])|file:/*)/(?:home|root|work|tmp|Users|mnt|media|opt|private|srv|var|content)(?=/|\b)|\b[A-Z]:\\"
+    r"(?:(?<![\w.:/)}\]~$-])|file:/*)/(?:home|root|work|tmp|Users|mnt|media|opt|private|srv|var|content|Volumes|workspace)(?=/|\b)|\b[A-Za-z]:(?:\\(?!n)|/Users)"
 )
 #: What breaks strict validation, a public code host, or the promise of no network and no GPU; and why.
 _FORBIDDEN = {
@@ -54,8 +54,6 @@ _FORBIDDEN = {
     r"\.cuda\(|['\"]cuda": "the course needs no GPU",
     r"\b(?:urlopen|urlretrieve|requests|socket)\b|['\"]https?://": "the course needs no network",
     r"\bget_ipython\b": "a magic line or shell command in another dress",
-    r"\bdefault_rng\(\)|\bnp\.random\.(?!default_rng|Generator)\w+\(": "every draw names its generator or seed",
-    r"\btorch\.(?:rand|randn|randint|randperm)\((?!.*\bgenerator=)": "every draw names its generator or seed",
 }
 _CLOCK = re.compile(r"\bperf_counter\b|\bmonotonic\b|\btime\.time\(|\bdatetime\.now\(|%%?time")
 #: Text that names an object instead of saying something; an address in it changes every run.
@@ -92,12 +90,12 @@ def _imported(source: str) -> frozenset[str]:
     return frozenset(name.removeprefix("fedkd_utils.") for name in names if name.startswith("fedkd_utils."))
 
 
-#: What a code cell says that reads committed data, and the folder in ``data``.
+#: What a code cell says that reads data of the project, and their folder in ``data``.
 _DATA = {
     r"results_folder\(PROJECT, REFERENCE\)": "results/reference",
     r"results_folder\(PROJECT, QUICK\)": "results/quick",
     r"engine_recorded": "results/engine",
-    r"\bdemo\b": "demo",
+    r"\bDEMO\b|data/demo": "demo",
 }
 
 
@@ -105,7 +103,7 @@ def files_behind(nb: NotebookNode, package: Path = PACKAGE) -> list[Path]:
     """The files that can change an output of the notebook.
 
     These are the modules of the package that its code imports or calls from the command line, those that these import,
-    and so on, the scripts and styles that one of them names, and the committed data that its code reads.
+    and so on, the scripts and styles that one of them names, and the files in ``data`` that its code reads.
     """
     sources = {path.stem: path.read_text(encoding="utf-8") for path in package.glob("*.py")}
     found, todo = set[str](), {"__init__"}
@@ -226,6 +224,9 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
             yield f"{where}: not Python: {error.msg}"
         if any(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes) and not first:
             yield f"{where}: imports outside the first code cell"
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            if _draws_without_a_name(call):
+                yield f"{where}: {ast.unparse(call.func)} is not used so: every draw names its generator or seed"
         if match := _ABSOLUTE.search(cell.source):
             yield f"{where}: absolute path {match[0]} in the code"
         for pattern, why in _FORBIDDEN.items():
@@ -244,6 +245,23 @@ def _problems_of_code(nb: NotebookNode) -> Iterator[str]:
             yield f"{where}: a comment steers nbval; use tags"
     if ignored > MAX_IGNORED:
         yield f"nbval-ignore-output on {ignored} cells, allowed are {MAX_IGNORED}"
+
+
+#: Draws of PyTorch, which take a generator.
+_TORCH_DRAWS = re.compile(r"torch\.(?:(?:rand|randn|randint)(?:_like)?|randperm|normal|bernoulli|multinomial)")
+#: What sets or uses a global generator.
+_GLOBAL = re.compile(r"torch\.(?:manual_seed|seed)|(?:np|numpy)\.random\.[a-z]\w*|random\.[a-z]\w*")
+
+
+def _draws_without_a_name(call: ast.Call) -> bool:
+    """Whether a call draws from, or seeds, a generator that everybody shares, or one without a seed."""
+    name = ast.unparse(call.func)
+    if name.endswith("default_rng"):
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        return not given or (isinstance(given[0], ast.Constant) and given[0].value is None)
+    if _TORCH_DRAWS.fullmatch(name):
+        return all(keyword.arg != "generator" for keyword in call.keywords)
+    return _GLOBAL.fullmatch(name) is not None
 
 
 def _problems_of_outputs(nb: NotebookNode) -> Iterator[str]:

@@ -165,6 +165,8 @@ def effect_table(variants: Mapping[str, Sequence[Measured]], rows: Mapping[str, 
         if row not in rows:
             raise ValueError(f"{name!r} has nothing to be compared with: run the row {row!r} as it is.")
         seeds = {run.seed for run in runs} & {run.seed for run in rows[row]}
+        if not seeds:
+            raise ValueError(f"{name!r} and {row!r} have no seed in common: run what is missing.")
         own, plain = ([run for run in side if run.seed in seeds] for side in (runs, rows[row]))
         found = difference(own, plain)
         facts = {"difference": found.mean, "low": found.low, "high": found.high, "seeds": found.seeds}

@@ -112,6 +112,19 @@ def test_fingerprint_follows_the_code_and_what_it_imports_and_nothing_else(tmp_p
     assert rules.fingerprint(nb, tmp_path) != first
 
 
+def test_fingerprint_follows_the_data_that_the_code_reads(tmp_path):
+    (tmp_path / "fedkd_utils").mkdir()
+    (tmp_path / "fedkd_utils" / "__init__.py").write_text("")
+    knee = tmp_path / "data" / "demo" / "knee.nii.gz"
+    knee.parent.mkdir(parents=True)
+    knee.write_bytes(b"a")
+    reads, plain = (new_notebook(cells=[new_code_cell(code)]) for code in ("DEMO / 'knee.nii.gz'", "x = 1"))
+    before = [rules.fingerprint(nb, tmp_path / "fedkd_utils") for nb in (reads, plain)]
+    knee.write_bytes(b"b")
+    after = [rules.fingerprint(nb, tmp_path / "fedkd_utils") for nb in (reads, plain)]
+    assert after[0] != before[0] and after[1] == before[1]
+
+
 def test_no_notebook_is_made_stale_by_what_only_shows_it():
     shown_by = {
         "pages.py",
@@ -246,4 +259,4 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
     nb.cells[4].source = nb.cells[4].source.replace("(1, 1.0)", "(1, -1.0)")
     nbformat.write(nb, path)
     passed, report = nbval(path)
-    assert not passed and "a falls" in report and "a rises" in report
+    assert not passed and "a lower" in report and "a higher" in report
