@@ -176,7 +176,7 @@ FAULTS = {
     "path printed": (printed("saved in /home/me/x.pt\n"), "absolute path /home"),
     "path of another system": (printed("saved in /Users/me/x.pt\n"), "absolute path /Users"),
     "path as address": (printed("see file:///mnt/x\n"), "absolute path file:///mnt"),
-    "path in the code": (source(5, "x = open('/work/x')"), "absolute path /work in the code"),
+    "path in the code": (source(5, "x = open('/home/me/x')"), "absolute path /home in the code"),
     "path in a table": (shown(text__html="<td>/tmp/x</td>"), "absolute path /tmp"),
     "path on Windows": (printed("C:\\Users\\me\n"), "absolute path C:"),
     "error": (
@@ -260,7 +260,7 @@ def test_an_expected_error_and_a_measured_time_are_allowed():
         "rng = np.random.Generator(np.random.PCG64(1))",
         "rng = np.random.default_rng([1, 2])",
         "x = (a - b)/var",
-        'path = f"{out}/work/x"',
+        'path = f"{out}/home/x"',
         'print("A:\\n")',
     ],
 )

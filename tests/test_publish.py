@@ -112,6 +112,18 @@ def test_fingerprint_follows_the_code_and_what_it_imports_and_nothing_else(tmp_p
     assert rules.fingerprint(nb, tmp_path) != first
 
 
+def test_what_breaks_a_rule_is_written_and_then_refused(tmp_path):
+    """So that `make notebooks` fails, after it has executed all of them."""
+    for name in ("00_a", "01_b"):
+        nbformat.write(
+            new_notebook(cells=[new_markdown_cell("# Title"), new_code_cell("1 + 1")]), tmp_path / f"{name}.ipynb"
+        )
+    with pytest.raises(ValueError, match="against the rules") as found:
+        publish.stamp_all(tmp_path)
+    assert "00_a.ipynb: the first cell lacks 'Why'" in str(found.value) and "01_b.ipynb: " in str(found.value)
+    assert all(rules.code_cells(nbformat.read(path, 4))[0].execution_count == 1 for path in tmp_path.glob("*.ipynb"))
+
+
 def test_fingerprint_follows_the_data_that_the_code_reads(tmp_path):
     (tmp_path / "fedkd_utils").mkdir()
     (tmp_path / "fedkd_utils" / "__init__.py").write_text("")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -75,6 +76,14 @@ def test_the_chosen_rate_is_the_best_of_its_trials():
                 place = runner.LEARNING_RATES.index(trial["learning_rate"]), grids.BOTH.index(trial["setting"])
                 dice[place] = trial["validation"]
         assert facts["chosen"] == runner.LEARNING_RATES[int(dice.mean(axis=1).argmax())], name
+
+
+def test_notebook_07_says_how_the_reference_profile_differs():
+    quick, reference = PROFILES["quick"], PROFILES["reference"]
+    prose = (PROJECT / "notebooks" / "07_baselines_and_ablations.ipynb").read_text(encoding="utf-8")
+    assert "a teacher trained for twice as long and twice as many test volumes" in prose
+    twice = {"teacher_steps": 2 * quick.teacher_steps, "client_test": 2 * quick.client_test}
+    assert reference == dataclasses.replace(quick, name="reference", **twice)
 
 
 def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
