@@ -47,6 +47,31 @@ def test_every_reference_has_its_doi(name):
         assert doi is not None or "https://nipy.org/" in reference, reference
 
 
+#: "Yu et al., 2019", "Laine and Aila, 2017", "Hinton et al. (2015)", "Owen, 2007".
+CITATION = re.compile(r"\b([A-Z][a-zé-]+(?: et al\.| and [A-Z][a-zé-]+)?),? \(?((?:19|20)\d\d)\b")
+
+
+def uncited(nb):
+    """The citations in the prose of a notebook whose first author or year no reference of it has."""
+    prose = " ".join("\n".join(cell.source for cell in nb.cells if cell.cell_type == "markdown").split())
+    text, _, references = prose.partition("## References")
+    entries = re.split(r" - | · ", references)
+    found = {(name.split()[0], year) for name, year in CITATION.findall(text)}
+    return sorted(f"{a} {year}" for a, year in found if not any(a in e and year in e for e in entries))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_citation_has_its_reference(name):
+    assert not uncited(nbformat.read(FOLDER / name, as_version=4))
+
+
+def test_a_citation_of_nobody_is_found():
+    nb = good()
+    nb.cells[4].source = "Shown before (Nobody et al., 1999; Known, 2001; Known and Other, 2002)."
+    nb.cells[6].source += "\n- A. Known. *Title.* 2001. [doi:2](https://doi.org/2)"
+    assert uncited(nb) == ["Known 2002", "Nobody 1999"]
+
+
 # ------------------------------------------------------------------------------------------------ the checker, checked
 PNG = "iVBORw0KGgo="
 FIRST = (
