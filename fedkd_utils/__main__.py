@@ -213,7 +213,7 @@ def _run(arguments: argparse.Namespace) -> None:
         for point in points:
             print(point.name)
         return
-    runner.run_points(points, settings, folder, again=arguments.again, workers=arguments.workers)
+    runner.run_points(points, settings, arguments.out or folder, again=arguments.again, workers=arguments.workers)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -354,6 +354,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, help="clients side by side (default: what the cores hold)")
     sub.add_argument("--again", action="store_true", help="make stale results again")
     sub.add_argument("--list", action="store_true", help="only name the points")
+    sub.add_argument("--out", type=Path, help="the folder of the results (default: data/results/<profile>)")
     sub.add_argument(
         "--sites", type=Path, help="instead of a grid: rows on your own sites, one folder each in this one"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedkd_utils import bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
+from fedkd_utils import bench_gpu, bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.files import rounded, write_atomically
 from fedkd_utils.provenance import versions
@@ -44,6 +44,7 @@ PARTS: dict[str, Part] = {
     "phantom": Part(bench_volumes.phantom),
     "inference": Part(bench_volumes.inference, on_request=True),
     "viewer": Part(bench_viewer.viewer, on_request=True),
+    "gpu": Part(bench_gpu.gpu, on_request=True),
 }
 
 
@@ -67,7 +68,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure, print each part's table as soon as it is there, and return everything with its provenance.
 
-    Computes on the CPU with one thread, whatever else the process uses.
+    Computes on the CPU with one thread, whatever else the process uses; the part "gpu" does as it says.
 
     Raises:
         ValueError: an unknown part; nothing is measured.
@@ -83,6 +84,7 @@ def run(
         "versions": versions(),
         "machine": records.machine(None) | {"device": device_title(compute_device())},
         "load": _load(),
+        **({"gpu": device_title(torch.device("cuda"))} if "gpu" in chosen and torch.cuda.is_available() else {}),
         "parts": {},
     }
     try:

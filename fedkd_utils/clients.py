@@ -22,6 +22,7 @@ from fedkd_utils.networks import (
     copy_state,
     load_state,
     normalisation_names,
+    place,
 )
 from fedkd_utils.objectives import Batch
 from fedkd_utils.seeds import generator_of, seed_of
@@ -203,7 +204,7 @@ def client_update(
     local = local_names(method, network)
     own = {name: tensor for name, tensor in copy_state(network).items() if name in local} | kept_part(kept, "own")
     load_state(network, {**global_state, **own}, f"The student sent to client {site.name}")
-    network.to(device)
+    place(network, device)
     received = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     per_round = steps_per_round(settings)
     total, before = settings.rounds * per_round, (round_number - 1) * per_round
@@ -228,7 +229,7 @@ def client_update(
     if method.mean_teacher:
         average = freeze(build_student(settings, 0))
         load_state(average, kept_part(kept, "average") or global_state, f"The mean teacher of client {site.name}")
-        average.to(device)
+        place(average, device)
 
     def batch(step: int) -> Batch:
         images, labels = labelled(step - before)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import current_process, get_context
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def make_repository(
     seed: int = 0,
     root: Path | None = None,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> Site:
@@ -174,7 +174,7 @@ def make_repository(
             for the DESS images with a new random contrast each, made from image and label alone.
         seed: another seed, other subjects.
         root: where cohorts are kept; :func:`settings.cache_folder` when not given.
-        workers: processes that make volumes side by side; 1 makes them in this one.
+        workers: processes that make volumes side by side, by default one per core; 1 makes them in this one.
         progress: show a bar while volumes are made, when the error stream is a terminal.
         scan: how a volume is made (tests put a quicker one here).
 
@@ -184,10 +184,24 @@ def make_repository(
     if scanner not in SCANNERS:
         raise CohortError(f"unknown scanner {scanner!r}: choose one of {', '.join(SCANNERS)}.")
     subjects = {s: n for s, n in _subjects(settings, seed).items() if s.startswith("repository/")}
-    plan: Plan = {"repository": (SCANNERS[scanner], {s.split("/")[1]: n for s, n in subjects.items()})}
+    own = {s.split("/")[1]: n for s, n in subjects.items()}
+    plan: Plan = {"repository": (scanner_for(settings, scanner), own)}
     folder = (root or cache_folder()) / f"repository-{scanner}-{settings.name}-s{seed}-{_hash(plan, scan)}"
     _make(folder, plan, workers, scan, f"repository ({SCANNERS[scanner].title})" if progress else None)
     return open_site(folder / "repository")
+
+
+def scanner_for(settings: Settings, name: str) -> Scanner:
+    """The scanner of a name; in the plane it resolves at least what the grid of the settings asks for.
+
+    Slices stay as thick as they are. Scanners of the course are as coarse as its quick grid; on the paper's grid their
+    images would be blurred ones.
+    """
+    scanner = SCANNERS[name]
+    if max(scanner.spacing_mm[1:]) <= min(settings.grid_spacing_mm[1:]):
+        return scanner
+    shape, spacing = settings.grid_shape[1:], settings.grid_spacing_mm[1:]
+    return replace(scanner, shape=(scanner.shape[0], *shape), spacing_mm=(scanner.spacing_mm[0], *spacing))
 
 
 def make_clients(
@@ -196,7 +210,7 @@ def make_clients(
     seed: int = 0,
     root: Path | None = None,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> tuple[Site, ...]:
@@ -210,7 +224,7 @@ def make_clients(
     subjects = _subjects(settings, seed)
     plan: Plan = {}
     for k in range(1, settings.clients + 1):
-        scanner = SCANNERS[CLIENT_SCANNERS[setting][(k - 1) % len(CLIENT_SCANNERS[setting])]]
+        scanner = scanner_for(settings, CLIENT_SCANNERS[setting][(k - 1) % len(CLIENT_SCANNERS[setting])])
         own = {s.split("/")[1]: n for s, n in subjects.items() if s.startswith(f"client_{k}/")}
         plan[f"client_{k}"] = (scanner, own)
     folder = (root or cache_folder()) / f"clients-{setting}-{settings.name}-s{seed}-{_hash(plan, scan)}"
@@ -224,7 +238,7 @@ def make_cohort(
     seed: int = 0,
     root: Path | None = None,
     *,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = True,
     scan: ScanFunction = acquisition.scan,
 ) -> Cohort:
@@ -328,8 +342,9 @@ def _grab(handle: int) -> bool:
     return True
 
 
-def _make(folder: Path, plan: Plan, workers: int, scan: ScanFunction, label: str | None) -> None:
+def _make(folder: Path, plan: Plan, workers: int | None, scan: ScanFunction, label: str | None) -> None:
     """Make a folder of sites, or check it and remake what is damaged or missing."""
+    workers = workers or os.cpu_count() or 1
     orders = _orders(plan)
     try:
         if _damaged(folder, orders) == set():

@@ -32,6 +32,7 @@ from fedkd_utils.networks import (
     build_student,
     load_checkpoint,
     load_state,
+    place,
     save_checkpoint,
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
@@ -385,7 +386,8 @@ def _inputs(
 def _test(
     outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
 ) -> list[dict[str, Any]]:
-    network = (build_network if outcome.method.objective is None else build_student)(settings, 0).to(compute_device())
+    network = (build_network if outcome.method.objective is None else build_student)(settings, 0)
+    place(network, compute_device())
     rows: list[dict[str, Any]] = []
     for site in sites:
         load_state(network, outcome.models[site.name])

@@ -35,6 +35,7 @@ from fedkd_utils.networks import (
     class_axes,
     copy_state,
     load_state,
+    place,
 )
 from fedkd_utils.parallel import side_by_side
 from fedkd_utils.seeds import generator_of, seed_of
@@ -209,7 +210,7 @@ def _play_round(plan: Plan, run: Run, signals: dict[str, TeacherSignals]) -> dic
             run.teacher = blend(run.teacher, run.students[""], plan.teacher_update.rate)
         teacher = build_network(settings, 0).eval().requires_grad_(False)
         load_state(teacher, run.teacher, "The teacher")
-        teacher.to(plan.sites[0].labelled_images.device)
+        place(teacher, plan.sites[0].labelled_images.device)
         if plan.teacher_update.kind != "release" and (moves or not signals):
             signals, seconds = _look(plan, teacher)
             if moves or not run.finished:  # else it was looked at before a kill, and counted then
@@ -386,7 +387,7 @@ def _validate(
     plan: Plan, run: Run, metrics: Mapping[str, Mapping[str, float]], looking: Mapping[str, float], number: int
 ) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
-    network = build_student(plan.settings, 0).to(plan.sites[0].labelled_images.device)
+    network = place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device)
     own: dict[str, float] = {}
     for site in plan.sites:
         load_state(network, plan.model(run, site))

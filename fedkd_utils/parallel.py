@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from fedkd_utils.device import compute_device
 from fedkd_utils.training import Progress
 from fedkd_utils.transforms import SiteData
 
@@ -20,7 +21,9 @@ T = TypeVar("T")
 
 
 def default_workers() -> int:
-    """How many clients train side by side: as many as the cores hold with torch's threads for each."""
+    """How many clients train side by side: as many as the cores hold with torch's threads for each; on a GPU one."""
+    if compute_device().type == "cuda":
+        return 1
     return max((os.cpu_count() or 1) // torch.get_num_threads(), 1)
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from fedkd_utils import cohorts
-from fedkd_utils.device import compute_device, device_title
+from fedkd_utils.device import compute_device, device_title, precision_title
 from fedkd_utils.experiments import Result, read_facts
 from fedkd_utils.files import rounded, write_atomically
 from fedkd_utils.grids import Point
@@ -88,14 +88,16 @@ def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
 
 def machine(workers: int | None) -> dict[str, Any]:
     """The class of machine that computes, never its name."""
+    device = compute_device()
+    precision = {"precision": precision_title(device)} if device.type == "cuda" else {}
     return {
         "cores": os.cpu_count(),
         "processor": platform.machine(),
         "system": platform.system(),
-        "device": device_title(compute_device()),
+        "device": device_title(device),
         "threads": torch.get_num_threads(),
         "workers": workers or default_workers(),
-    }
+    } | precision
 
 
 def record(

@@ -28,6 +28,7 @@ from fedkd_utils.networks import (
     load_checkpoint,
     load_state,
     nbytes,
+    place,
     save_checkpoint,
 )
 from fedkd_utils.provenance import code_hash, files_hash, versions
@@ -36,6 +37,7 @@ from fedkd_utils.settings import CARTILAGES, Settings, cache_folder
 from fedkd_utils.training import (
     Progress,
     TrainingLog,
+    as_json,
     evaluating,
     mean_dice,
     predict_probabilities,
@@ -89,13 +91,18 @@ def freeze(network: TappedNetwork) -> TappedNetwork:
 
 
 def pretrain_teacher(
-    repository: SiteData, settings: Settings, seed: int, progress: Progress | None = None
+    repository: SiteData,
+    settings: Settings,
+    seed: int,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[TappedNetwork, TrainingLog]:
     """Train a network from scratch on the repository at the grid; the best on its validation volumes is frozen.
 
-    On :func:`device.compute_device`; the network comes back to the CPU.
+    On :func:`device.compute_device`; the network comes back to the CPU. With a ``checkpoint`` it can be stopped at any
+    moment (:func:`training.train_supervised`).
     """
-    network = build_network(settings, seed_of(seed, "teacher")).to(compute_device())
+    network = place(build_network(settings, seed_of(seed, "teacher")), compute_device())
     with repeatable():
         log = train_supervised(
             network,
@@ -111,8 +118,9 @@ def pretrain_teacher(
             validate_every=max(settings.teacher_steps // 10, 1),
             label="teacher",
             progress=progress,
+            checkpoint=checkpoint,
         )
-    return freeze(network.cpu()), log
+    return freeze(place(network, torch.device("cpu"))), log
 
 
 def teacher_for(
@@ -155,25 +163,23 @@ def teacher_on(
             return _teacher(freeze(network), path, facts, repository)
         except CheckpointError:
             path.unlink(missing_ok=True)  # damaged: make it again
-    network, log = pretrain_teacher(transforms.load_site(repository, settings), settings, seed, progress)
+    standing = path.with_suffix(".training.safetensors")
+    data = transforms.load_site(repository, settings)
+    network, log = pretrain_teacher(data, settings, seed, progress, standing)
     facts = {
         "key": key,
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "versions": versions(),
-        "validation": [{**line, "dice": _number(line["dice"])} for line in log.validation],
+        "validation": [{**line, "dice": as_json(line["dice"])} for line in log.validation],
         "best_step": log.best_step,
-        "best_dice": _number(log.best_dice),
+        "best_dice": as_json(log.best_dice),
         "seconds": log.seconds,
         "data_share": log.data_share,
     }
     save_checkpoint(path, network.state_dict(), facts)
+    standing.unlink(missing_ok=True)
     return _teacher(network, path, facts, repository)
-
-
-def _number(dice: float) -> float | None:
-    """A Dice as JSON holds it: null where nothing could be measured."""
-    return None if np.isnan(dice) else dice
 
 
 def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: cohorts.Site) -> Teacher:
@@ -258,7 +264,7 @@ def teacher_signals(
             f"{len(images)} volumes, {len(seeds)} seeds and {passes} passes: at least one volume, a seed for each "
             "and no negative number of passes are needed."
         )
-    network = copy.deepcopy(teacher).to(images.device)
+    network = place(copy.deepcopy(teacher), images.device)
     q, uncertainty, features = [], [], []
     with evaluating(network):
         for image, seed in zip(images, seeds, strict=True):

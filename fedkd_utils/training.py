@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedkd_utils import losses, metrics, transforms
-from fedkd_utils.networks import State, TappedNetwork, copy_state, load_state
+from fedkd_utils.networks import (
+    CheckpointError,
+    State,
+    TappedNetwork,
+    copy_state,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
 from fedkd_utils.seeds import generator_of, seed_of, seeded
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
 from fedkd_utils.transforms import Case
@@ -147,9 +157,10 @@ def fit(
         TrainingError: the loss is no longer finite.
     """
     network.train()
+    coming = _ahead(batches, steps) if next(network.parameters()).is_cuda else map(batches, steps)
     for step in steps:
         start = time.perf_counter()
-        batch = batches(step)
+        batch = next(coming)
         ready = time.perf_counter()
         rate = poly_learning_rate(learning_rate, step, total_steps)
         for group in optimiser.param_groups:
@@ -176,6 +187,19 @@ def fit(
             network.train()
 
 
+def _ahead(batches: Callable[[int], B], steps: range) -> Iterator[B]:
+    """The batches of ``steps`` in order, each made by another thread while the one before is used.
+
+    A GPU computes a step by itself, and meanwhile the CPU draws the numbers of the next batch.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(batches, step) for step in steps[:1]]
+        for step in steps:
+            batch = coming.pop().result()
+            coming += [pool.submit(batches, following) for following in range(step + 1, min(step + 2, steps.stop))]
+            yield batch
+
+
 def train_supervised(
     network: TappedNetwork,
     images: Tensor,
@@ -193,6 +217,7 @@ def train_supervised(
     make_optimiser: MakeOptimiser = adamw,
     label: str = "training",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> TrainingLog:
     """Train a network in place with L_sup, and keep the weights that validate best.
 
@@ -203,14 +228,20 @@ def train_supervised(
         labels: (L, D, H, W).
         labelled_classes: that the source of each volume drew; None: all.
         validation: cases that choose the weights; without any, the last ones stay.
+        checkpoint: the file of this very training. It is written after each validation; a training that was killed goes
+            on from there and ends with the same numbers. The caller deletes it.
 
     Raises:
         TrainingError: no labelled volume, or a loss that is no longer finite.
+        CheckpointError: the checkpoint belongs to another network.
     """
     batches = LabelledBatches(images, labels, batch, steps, seed, augmentation, labelled_classes)
     optimiser = make_optimiser(network.parameters(), learning_rate, weight_decay)
-    log = TrainingLog()
-    best: State = {}
+    log, best, begun = TrainingLog(), State(), 0
+    if checkpoint is not None and checkpoint.is_file():
+        log, best, begun = _take_up(checkpoint, network, optimiser)
+        if progress is not None:
+            progress(begun, f"{label}, {begun} steps read from their checkpoint")
 
     def triple(step: int) -> tuple[Tensor, Tensor, losses.LabelledClasses]:
         return *batches(step), batches.classes_of(step)
@@ -228,13 +259,15 @@ def train_supervised(
         log.validation.append({"step": done, "dice": dice})
         if not best or is_better(dice, log.best_dice):
             log.best_step, log.best_dice, best = done, dice, copy_state(network)
+        if checkpoint is not None:
+            _leave_off(checkpoint, network, optimiser, log, best)
 
     fit(
         network,
         optimiser,
         triple,
         loss,
-        steps=range(steps),
+        steps=range(begun, steps),
         total_steps=steps,
         learning_rate=learning_rate,
         seed=seed,
@@ -249,6 +282,52 @@ def train_supervised(
         log.best_step = steps
     network.eval()
     return log
+
+
+def _leave_off(
+    path: Path, network: TappedNetwork, optimiser: torch.optim.Optimizer, log: TrainingLog, best: State
+) -> None:
+    """Write where a training stands, in one step."""
+    moments = optimiser.state_dict()["state"]
+    tensors = {f"network/{name}": tensor for name, tensor in copy_state(network).items()}
+    tensors |= {f"best/{name}": tensor for name, tensor in best.items()}
+    tensors |= {f"optimiser/{i}/{name}": value for i, own in moments.items() for name, value in own.items()}
+    facts = vars(log) | {"best_dice": as_json(log.best_dice)}
+    facts["validation"] = [{**line, "dice": as_json(line["dice"])} for line in log.validation]
+    save_checkpoint(path, tensors, facts)
+
+
+def _take_up(path: Path, network: TappedNetwork, optimiser: torch.optim.Optimizer) -> tuple[TrainingLog, State, int]:
+    """Put a training back to where :func:`_leave_off` wrote it: the log, the best weights and the steps done.
+
+    A damaged file counts as none.
+    """
+    try:
+        tensors, facts = load_checkpoint(path)
+    except CheckpointError:
+        path.unlink(missing_ok=True)
+        return TrainingLog(), {}, 0
+    parts: dict[str, State] = {"network": {}, "best": {}, "optimiser": {}}
+    for key, tensor in tensors.items():
+        part, name = key.split("/", 1)
+        parts[part][name] = tensor
+    load_state(network, parts["network"], str(path))
+    moments: dict[int, State] = {}
+    for key, tensor in parts["optimiser"].items():
+        index, name = key.split("/", 1)
+        moments.setdefault(int(index), {})[name] = tensor
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+    nan = float("nan")
+    for line in (*facts["validation"], facts):
+        name = "best_dice" if line is facts else "dice"
+        line[name] = nan if line[name] is None else line[name]
+    log = TrainingLog(**facts)
+    return log, parts["best"], len(log.steps)
+
+
+def as_json(dice: float) -> float | None:
+    """A Dice as JSON holds it: null where nothing could be measured."""
+    return None if np.isnan(dice) else dice
 
 
 @contextmanager

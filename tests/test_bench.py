@@ -161,7 +161,7 @@ def test_parts_run_in_their_order_and_some_only_on_request():
     some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], on_request=True), "c": Part(lambda effort: [])}
     assert bench.chosen_parts([], some) == ["a", "c"]
     assert bench.chosen_parts(["c", "b"], some) == ["b", "c"]
-    assert {"inference", "viewer"} == {name for name, part in bench.PARTS.items() if part.on_request}
+    assert {"inference", "viewer", "gpu"} == {name for name, part in bench.PARTS.items() if part.on_request}
 
 
 def test_only_a_whole_run_goes_to_the_place_of_the_results(monkeypatch, tmp_path, capsys):

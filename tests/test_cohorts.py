@@ -22,7 +22,7 @@ import torch
 from fedkd_utils import acquisition, cohorts
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.cohorts import Cohort, CohortError, Item, Site
-from fedkd_utils.settings import PAPER, QUICK, REFERENCE
+from fedkd_utils.settings import PAPER, PAPER_SHORT, QUICK, REFERENCE
 
 TINY = replace(tiny.TINY, repository_training=2, client_test=1)
 SPLITS = ("training", "unlabelled", "validation", "test")
@@ -83,7 +83,16 @@ def test_paper_like_clients_share_a_scanner_and_heterogeneous_ones_do_not(tmp_pa
     assert [[i.subject for i in c.items] for c in alike] == [[i.subject for i in c.items] for c in different]
 
 
-@pytest.mark.parametrize("settings", [QUICK, REFERENCE, PAPER])
+@pytest.mark.parametrize("name", list(SCANNERS))
+def test_in_the_plane_every_scanner_resolves_what_the_grid_asks_for(name: str) -> None:
+    scanner = SCANNERS[name]
+    assert cohorts.scanner_for(QUICK, name) is scanner and cohorts.scanner_for(REFERENCE, name) is scanner
+    fine = cohorts.scanner_for(PAPER, name)
+    assert fine.shape == (scanner.shape[0], 288, 352) and fine.spacing_mm == (scanner.spacing_mm[0], 0.30, 0.30)
+    assert replace(fine, shape=scanner.shape, spacing_mm=scanner.spacing_mm) == scanner
+
+
+@pytest.mark.parametrize("settings", [QUICK, REFERENCE, PAPER, PAPER_SHORT])
 def test_no_subject_number_is_given_twice(settings: object) -> None:
     seen: set[int] = set()
     for seed in (0, 1, 2):
@@ -172,7 +181,7 @@ def test_threads_of_the_caller_are_left_as_they_were(tmp_path: Path) -> None:
 def test_true_scans_arrive_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = replace(SCANNERS["pd_fs"], shape=(10, 40, 40), spacing_mm=(8.0, 2.4, 2.4))
     monkeypatch.setitem(SCANNERS, "pd_fs", small)
-    one = replace(TINY, clients=1, client_unlabelled=0)
+    one = replace(TINY, clients=1, client_unlabelled=0, grid_spacing_mm=small.spacing_mm)
     (client,) = cohorts.make_clients(one, "paper_like", root=tmp_path, workers=1)
     item = client.test[0]
     made = acquisition.scan(item.subject, small, cohorts.SCAN_SEED)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import TINY
 
-from fedkd_utils import clients, cohorts, experiments, networks
-from fedkd_utils.device import compute_device, device_title, repeatable
+from fedkd_utils import clients, cohorts, experiments, networks, parallel
+from fedkd_utils.device import compute_device, computes_mixed, device_title, precision_title, repeatable
 from fedkd_utils.methods import ROWS
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -31,6 +31,50 @@ def test_the_variable_chooses_and_wrong_words_are_told(monkeypatch: pytest.Monke
     assert compute_device().type == "cuda"
 
 
+def test_mixed_precision_is_for_a_gpu_that_has_it_and_can_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.delenv("FEDKD_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert computes_mixed(gpu) and not computes_mixed(cpu)
+    assert precision_title(gpu) == "mixed (bfloat16)" and precision_title(cpu) == "float32"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert not computes_mixed(gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setenv("FEDKD_PRECISION", "float32")
+    assert not computes_mixed(gpu) and precision_title(gpu) == "float32"
+    monkeypatch.setenv("FEDKD_PRECISION", "half")
+    with pytest.raises(ValueError, match="FEDKD_PRECISION is 'half': it must be mixed or float32"):
+        computes_mixed(cpu)
+
+
+def test_a_gpu_trains_one_client_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.os, "cpu_count", lambda: 64)
+    assert parallel.default_workers() > 1
+    monkeypatch.setenv("FEDKD_DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parallel.default_workers() == 1
+
+
+def test_a_network_in_mixed_precision_gives_float32_and_its_copy_lies_as_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = networks.build_network(TINY, 0).eval()
+    x = torch.randn((1, 1, *TINY.grid_shape), generator=torch.Generator().manual_seed(0))
+    logits, features = network.forward_with_features(x)
+    before = networks.copy_state(network)
+    monkeypatch.setattr(networks, "computes_mixed", lambda device: True)  # a CPU has bfloat16, too
+    networks.place(network, torch.device("cpu"))
+    kernels = [p for p in network.parameters() if p.ndim == 5 and min(p.shape[:2]) > 1 and max(p.shape[2:]) > 1]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+    mixed, mixed_features = network.forward_with_features(x)
+    assert {mixed.dtype, mixed_features.dtype} == {torch.float32}
+    assert not torch.equal(mixed, logits)  # it did compute with fewer digits, and not with many fewer
+    assert torch.allclose(mixed, logits, atol=0.05 * float(logits.detach().abs().max()))
+    assert torch.allclose(mixed_features, features, atol=0.05 * float(features.detach().abs().max()))
+    after = networks.copy_state(network)
+    assert all(torch.equal(after[name], tensor) and after[name].is_contiguous() for name, tensor in before.items())
+
+
 def test_repeatable_leaves_the_global_flags_as_they_were() -> None:
     flags = torch.backends.cudnn
     before = (flags.deterministic, flags.benchmark, flags.allow_tf32)
@@ -50,7 +94,10 @@ def test_only_training_volumes_move(cache: Path) -> None:
 
 @GPU
 @pytest.mark.parametrize("row", [name for name, method in ROWS.items() if method.objective is not None])
-def test_a_client_on_a_gpu_sends_what_one_on_the_cpu_sends(row: str, cache: Path) -> None:
+def test_a_client_on_a_gpu_sends_what_one_on_the_cpu_sends(
+    row: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDKD_PRECISION", "float32")
     method = ROWS[row]
     settings = method.adapt(TINY)
     site = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)[0]
@@ -74,8 +121,26 @@ def _one_round(state, site, method, settings, teacher):  # type: ignore[no-untyp
 
 
 @GPU
+@pytest.mark.parametrize("row", ["fedavg", "dual_kd", "uamt"])
+def test_in_mixed_precision_a_client_learns_the_same_and_repeats_itself(row: str, cache: Path) -> None:
+    method = ROWS[row]
+    settings = method.adapt(TINY)
+    site = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)[0]
+    teacher = networks.build_network(settings, 1).eval() if method.distils else None
+    state = networks.copy_state(networks.build_student(settings, 0))
+    here, there, again = (
+        _one_round(state, where, method, settings, teacher) for where in (site, *[site.to(torch.device("cuda"))] * 2)
+    )
+    assert all(tensor.dtype == state[name].dtype for name, tensor in there.state.items())
+    assert all(torch.equal(there.state[name], again.state[name]) for name in there.state)
+    assert there.metrics["loss"] == pytest.approx(here.metrics["loss"], rel=0.02)
+    assert there.metrics["loss"] != here.metrics["loss"]
+
+
+@GPU
 def test_a_run_on_a_gpu_equals_one_on_the_cpu(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
+    monkeypatch.setenv("FEDKD_PRECISION", "float32")
     for device in ("cpu", "cuda"):
         monkeypatch.setenv("FEDKD_DEVICE", device)
         found.append(experiments.run_row("dual_kd", "paper_like", 0, TINY, cache, keep=False, show_progress=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedkd_utils import losses, metrics, networks, training
+from fedkd_utils import losses, metrics, networks, training, transforms
 from fedkd_utils.seeds import seed_of, seeded
 from fedkd_utils.settings import QUICK
 from fedkd_utils.training import LabelledBatches, TrainingError
@@ -147,6 +148,71 @@ def test_the_weights_that_validate_best_are_kept() -> None:
     replay = networks.build_network(TINY, 0)  # validation leaves no trace in the training
     train(replay, steps=30, validation=cases, validate_every=30)
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), replay.parameters(), strict=True))
+
+
+class _Killed(Exception):
+    """Stands for a process that is killed."""
+
+
+@pytest.mark.parametrize("after", [1, 5, 8])
+def test_a_killed_training_goes_on_to_the_same_numbers(after: int, tmp_path: Path) -> None:
+    def run(checkpoint: Path | None, stop: int | None = None) -> tuple[networks.State, training.TrainingLog]:
+        network = networks.build_network(TINY, 3)
+        done = 0
+
+        def count(steps: int, note: str) -> None:
+            nonlocal done
+            done += steps
+            if done == stop:
+                raise _Killed
+
+        log = train(
+            network,
+            steps=9,
+            validation=[case(10)],
+            validate_every=2,
+            augmentation=transforms.augment,
+            progress=count,
+            checkpoint=checkpoint,
+        )
+        assert done == 9
+        return networks.copy_state(network), log
+
+    whole, log = run(None)
+    file = tmp_path / "standing.safetensors"
+    with pytest.raises(_Killed):
+        run(file, after)
+    assert file.is_file() == (after > 2)
+    resumed, again = run(file)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+    assert again.steps == log.steps and again.validation == log.validation
+    assert (again.best_step, again.best_dice) == (log.best_step, log.best_dice)
+    file.write_bytes(file.read_bytes()[:-7])
+    afresh, _ = run(file)
+    assert all(torch.equal(afresh[name], tensor) for name, tensor in whole.items())
+
+
+def test_batches_made_ahead_are_the_same_in_the_same_order_and_at_most_one_ahead() -> None:
+    made: list[int] = []
+
+    def batch(step: int) -> int:
+        made.append(step)
+        return 10 * step
+
+    for seen, value in enumerate(training._ahead(batch, range(3, 9)), 3):
+        assert value == 10 * seen and len(made) <= seen - 3 + 2
+    assert made == list(range(3, 9))
+    assert list(training._ahead(batch, range(0))) == []
+
+    def broken(step: int) -> int:
+        if step == 1:
+            raise TrainingError("no such volume")
+        return step
+
+    ahead = training._ahead(broken, range(3))
+    assert next(ahead) == 0
+    with pytest.raises(TrainingError, match="no such volume"):
+        next(ahead)
 
 
 def test_the_share_of_time_waiting_for_data_is_measured() -> None:
