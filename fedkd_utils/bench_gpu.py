@@ -10,7 +10,7 @@ import torch
 
 from fedkd_utils import losses
 from fedkd_utils.bench_steps import noise_site
-from fedkd_utils.clients import Update, client_update, signals_for
+from fedkd_utils.clients import Update, client_update, signals_for, steps_per_round
 from fedkd_utils.device import repeatable
 from fedkd_utils.methods import ROWS, Method
 from fedkd_utils.networks import build_network, build_student, copy_state, place
@@ -72,8 +72,8 @@ def _step(settings: Settings, mixed: bool, last: bool) -> Callable[[], None]:
 
 def _local_steps(effort: Effort) -> list[Line]:
     """What a client does in a round, in the precision and layout of the course: milliseconds a step, data, memory."""
-    count = 2 if effort.quick else 8
-    settings = replace(PAPER_SHORT, local_epochs=1, steps_per_epoch=count)
+    settings = replace(PAPER_SHORT, local_epochs=1, steps_per_epoch=2) if effort.quick else PAPER_SHORT
+    count = steps_per_round(settings)
     double = replace(settings, batch_labelled=settings.batch_labelled + settings.batch_unlabelled)
     site = noise_site("gpu", settings, double.batch_labelled, settings.batch_unlabelled).to(torch.device("cuda"))
     teacher, state = freeze(build_network(settings, 1)), copy_state(build_student(settings, 0))

@@ -46,6 +46,7 @@ from fedkd_utils.training import (
     adamw,
     draw_batches,
     fit,
+    in_time,
 )
 from fedkd_utils.transforms import SiteData
 
@@ -251,6 +252,8 @@ def client_update(
         if average is not None:
             follow(average, network, done, settings.average_decay)
 
+    # A teacher that moves within the round changes what the next batch holds.
+    batches = batch if moving else in_time(batch, range(before, before + per_round), device)
     optimiser = make_optimiser(network.parameters(), settings.learning_rate, settings.weight_decay)
     log = TrainingLog()
     for epoch in range(settings.local_epochs):
@@ -258,7 +261,7 @@ def client_update(
         fit(
             network,
             optimiser,
-            batch,
+            batches,
             loss,
             steps=range(first, first + settings.steps_per_epoch),
             total_steps=total,

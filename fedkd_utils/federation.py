@@ -345,7 +345,8 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     settings, before = plan.settings, run.students.get("", {})
     averages = plan.method.averages(number, settings)
     together = settings.clip_norm is not None or plan.method.groups
-    running, teachers, held = FedAvg(plan.axes, before), RunningMean(), list[Update]()
+    running = FedAvg(plan.axes, before) if averages and settings.clip_norm is None else None
+    teachers, held = RunningMean(), list[Update]()
     metrics: dict[str, dict[str, float]] = {}
     kept: dict[str, State] = {}
     for update in updates:
@@ -358,7 +359,7 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
             continue
         if together:
             held.append(update)
-        if settings.clip_norm is None:
+        if running is not None:
             running.add(update)
         run.ledger.record(number, "up", update.client, "student", update.sent)
         if update.teacher_state is not None:
@@ -367,7 +368,7 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     run.kept = kept
     if not averages:
         return metrics
-    if settings.clip_norm is None:
+    if running is not None:
         run.students[""] = running.average()
     else:
         noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)

@@ -435,10 +435,14 @@ def bars_of_bytes(ledger: pd.DataFrame) -> Drawn:
 def forest(frame: pd.DataFrame, title: str, xlabel: str) -> Drawn:
     """Differences with their intervals, one line each and zero marked: ``frame`` has row, difference, low and high.
 
-    A filled marker says that the interval excludes zero. Rows keep their order, from the top.
+    A filled marker says that the interval excludes zero. Rows keep their order, from the top. Variants of one and the
+    same row are named by what differs.
     """
     figure, axes = _new(1, 1, 6.6, 0.3 * len(frame) + 1.3)
     axis, names = axes[0, 0], [_title(row) for row in frame["row"]]
+    variants = {row.partition(" ")[0] for row in frame["row"]}
+    if len(variants) == 1 and all(" " in row for row in frame["row"]):
+        names = [_difference(row.partition(" ")[2]) for row in frame["row"]]
     above = below = 0
     for y, line in enumerate(frame.itertuples()):
         colour = ROW_STYLE[line.row][1] if line.row in ROW_STYLE else "#222222"
@@ -493,4 +497,9 @@ def pareto_front(frame: pd.DataFrame, cost: str) -> list[str]:
 def _title(row: str) -> str:
     """The title of a row, or of a row and what differs, "dual_kd clients_2"."""
     name, _, label = row.partition(" ")
-    return f"{ROWS[name].title} ({label.replace('_', ' ').replace('+', ', ')})" if label else ROWS[name].title
+    return f"{ROWS[name].title} ({_difference(label)})" if label else ROWS[name].title
+
+
+def _difference(label: str) -> str:
+    """The label of a variant in words."""
+    return label.replace("_", " ").replace("+", ", ")

@@ -157,10 +157,9 @@ def fit(
         TrainingError: the loss is no longer finite.
     """
     network.train()
-    coming = _ahead(batches, steps) if next(network.parameters()).is_cuda else map(batches, steps)
     for step in steps:
         start = time.perf_counter()
-        batch = next(coming)
+        batch = batches(step)
         ready = time.perf_counter()
         rate = poly_learning_rate(learning_rate, step, total_steps)
         for group in optimiser.param_groups:
@@ -187,11 +186,19 @@ def fit(
             network.train()
 
 
-def _ahead(batches: Callable[[int], B], steps: range) -> Iterator[B]:
-    """The batches of ``steps`` in order, each made by another thread while the one before is used.
+def in_time(batches: Callable[[int], B], steps: range, device: torch.device) -> Callable[[int], B]:
+    """The same batches; on a GPU each is made by another thread while the one before is used.
 
-    A GPU computes a step by itself, and meanwhile the CPU draws the numbers of the next batch.
+    A GPU computes a step by itself, and meanwhile the CPU draws the numbers of the next batch. Call the result with
+    ``steps`` in turn.
     """
+    if device.type != "cuda":
+        return batches
+    coming = _ahead(batches, steps)
+    return lambda step: next(coming)
+
+
+def _ahead(batches: Callable[[int], B], steps: range) -> Iterator[B]:
     with ThreadPoolExecutor(1) as pool:
         coming = [pool.submit(batches, step) for step in steps[:1]]
         for step in steps:
@@ -265,7 +272,7 @@ def train_supervised(
     fit(
         network,
         optimiser,
-        triple,
+        in_time(triple, range(begun, steps), images.device),
         loss,
         steps=range(begun, steps),
         total_steps=steps,

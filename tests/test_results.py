@@ -17,7 +17,7 @@ from fedkd_utils.settings import PROFILES, PROJECT
 RESULTS = PROJECT / "data" / "results"
 FOLDERS = [name for name in PROFILES if (RESULTS / name).is_dir()]
 #: What is no profile: measurements with tests of their own.
-MEASURED = {"engine", "bench"}
+MEASURED = {"engine", "bench", "reference_gpu"}
 #: Beside the records: the tuned learning rates, the measured seconds.
 OTHERS = {"learning_rates.json", "seconds.json"}
 RATES = json.loads((RESULTS / "reference" / "learning_rates.json").read_bytes())

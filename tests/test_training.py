@@ -199,20 +199,21 @@ def test_batches_made_ahead_are_the_same_in_the_same_order_and_at_most_one_ahead
         made.append(step)
         return 10 * step
 
-    for seen, value in enumerate(training._ahead(batch, range(3, 9)), 3):
-        assert value == 10 * seen and len(made) <= seen - 3 + 2
+    assert training.in_time(batch, range(3, 9), torch.device("cpu")) is batch
+    early = training.in_time(batch, range(3, 9), torch.device("cuda"))
+    for seen in range(3, 9):
+        assert early(seen) == 10 * seen and len(made) <= seen - 3 + 2
     assert made == list(range(3, 9))
-    assert list(training._ahead(batch, range(0))) == []
 
     def broken(step: int) -> int:
         if step == 1:
             raise TrainingError("no such volume")
         return step
 
-    ahead = training._ahead(broken, range(3))
-    assert next(ahead) == 0
+    early = training.in_time(broken, range(3), torch.device("cuda"))
+    assert early(0) == 0
     with pytest.raises(TrainingError, match="no such volume"):
-        next(ahead)
+        early(1)
 
 
 def test_the_share_of_time_waiting_for_data_is_measured() -> None:

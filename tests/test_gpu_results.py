@@ -1,0 +1,99 @@
+"""What was measured on a GPU: the same numbers as on the CPU but for less than a seed's spread, and the page about it."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from fedkd_utils import bench, records, runner
+from fedkd_utils.grids import BOTH, SEEDS
+from fedkd_utils.settings import PAPER, PAPER_SHORT, PROJECT, REFERENCE
+from fedkd_utils.statistics import mean_score
+
+RESULTS = PROJECT / "data" / "results"
+PAGE = " ".join((PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8").split())
+FACTS = json.loads((RESULTS / "bench" / "gpu.json").read_bytes())
+MEASURED = bench.medians(FACTS)
+POINTS = runner.points_of("rows", REFERENCE, RESULTS / "reference", SEEDS)
+ON_GPU = runner.standing([p for p in POINTS if p.seed == 0], REFERENCE, RESULTS / "reference_gpu")
+ON_CPU = records.read_all(RESULTS / "reference", POINTS)
+
+
+def differences() -> dict[str, float]:
+    """Mean test Dice on the GPU minus that on the CPU, by point of seed 0."""
+    return {p.name: mean_score([record]) - mean_score([ON_CPU[p]]) for p, record in ON_GPU.done.items()}
+
+
+def spread_of_a_seed() -> float:
+    """The standard deviation over seeds on the CPU, pooled over the same rows and settings."""
+    squares, degrees = 0.0, 0
+    for one in ON_GPU.done:
+        same = [r for p, r in ON_CPU.items() if (p.row, p.setting) == (one.row, one.setting)]
+        scores = np.array([mean_score([r]) for r in same if r.machine["device"] == "cpu"])
+        squares, degrees = squares + float(((scores - scores.mean()) ** 2).sum()), degrees + len(scores) - 1
+    return float(np.sqrt(squares / degrees))
+
+
+def test_every_file_is_a_record_of_today_that_a_gpu_computed() -> None:
+    assert not ON_GPU.stale and not ON_GPU.damaged
+    assert {p.name for p in ON_GPU.done} == {path.stem for path in (RESULTS / "reference_gpu").iterdir()}
+    assert {p.setting for p in ON_GPU.done} == set(BOTH) and len({p.row for p in ON_GPU.done}) >= 6
+    for record in ON_GPU.done.values():
+        assert record.machine["device"] == FACTS["gpu"] and record.machine["precision"] == "mixed (bfloat16)"
+
+
+def test_numbers_of_a_gpu_stay_within_the_seed_spread_of_the_cpus() -> None:
+    found, spread = np.array(list(differences().values())), spread_of_a_seed()
+    rms, largest = float(np.sqrt((found**2).mean())), float(np.abs(found).max())
+    assert rms < spread and largest < 2 * spread
+    assert f"root mean square {rms:.4f}, at most {largest:.4f}" in PAGE
+    assert f"a standard deviation of {spread:.4f}" in PAGE
+    assert f"{len(found)} points" in PAGE
+
+
+def test_the_page_says_what_was_measured() -> None:
+    def step(network: str, way: str) -> float:
+        return MEASURED[f"gpu: {network}: {way}, ms"]
+
+    for words, network in (
+        ("V-Net, 4 volumes of 16 x 288 x 352", "V-Net, paper's grid"),
+        ("UNet, 2 volumes of 20 x 80 x 80", "UNet, reference grid"),
+    ):
+        numbers = [step(network, way) for way in ("float32", "mixed", "mixed, channels last")]
+        assert f"| {words} | " + " | ".join(f"{value:.3g}" for value in numbers) + " |" in PAGE
+    assert 1 < MEASURED["gpu: V-Net, paper's grid: float32, channels last / float32, ratio"] < 1.1  # "does nothing"
+    gain = step("V-Net, paper's grid", "float32") / step("V-Net, paper's grid", "mixed, channels last")
+    assert round(gain) == 14 and "14 times" in PAGE  # and fedkd_utils/device.py says a fourteenth
+    ratio = MEASURED["gpu: dual distillation / supervised, 8 volumes, ratio"]
+    waited = MEASURED["gpu: dual distillation: waiting for data, share"]
+    peak = MEASURED["gpu: peak memory of the GPU, GB"]
+    assert f"{ratio:.2f} of a supervised one" in PAGE
+    assert f"{100 * waited:.1f} % of it waiting for data" in PAGE
+    assert f"{peak:.1f} GB" in PAGE
+
+
+def test_the_profile_fits_a_gpu_and_the_short_one_is_a_thirtieth_of_it() -> None:
+    voxels = int(np.prod(PAPER.grid_shape))
+    volumes = PAPER.client_labelled + PAPER.client_unlabelled
+    images, labels = 4 * voxels * volumes, 8 * voxels * PAPER.client_labelled
+    signals = PAPER.client_unlabelled * 4 * 5 * voxels  # the bottleneck is a thousandth of it
+    held = PAPER.clients * (images + labels + signals) / 1e9
+    assert f"{held:.0f} GB of volumes and signals" in PAGE
+    for profile in (PAPER, PAPER_SHORT):
+        assert (profile.grid_shape, profile.architecture, profile.clients) == ((16, 288, 352), "vnet", 4)
+    steps = [p.rounds * p.local_epochs * p.steps_per_epoch for p in (PAPER, PAPER_SHORT)]
+    assert steps[0] == 30 * steps[1] and PAPER.teacher_steps == 30 * PAPER_SHORT.teacher_steps
+
+
+def test_the_page_says_how_far_the_papers_size_was_run() -> None:
+    (one,) = [records.read_record(path) for path in (RESULTS / "paper_short").iterdir()]
+    assert (one.row, one.setting, one.machine["device"]) == ("teacher_only", "paper_like", FACTS["gpu"])
+    teacher = one.result.teacher
+    claims = (
+        f"{PAPER_SHORT.teacher_steps} steps in {teacher['seconds']:.0f} seconds",
+        f"Dice {teacher['validation']:.3f} on the repository's validation",
+        f"{mean_score([one]):.3f} on the near clinics' test volumes",
+        f"{PAPER.rounds} rounds of {PAPER.local_epochs * PAPER.steps_per_epoch} steps",
+    )
+    assert [claim for claim in claims if claim not in PAGE] == []
