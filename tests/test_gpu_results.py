@@ -1,4 +1,4 @@
-"""What was measured on a GPU: the same numbers as on the CPU but for less than a seed's spread, and the page about it."""
+"""What was measured on a GPU: the CPU's numbers but for less than a seed's spread, and the page about it."""
 
 from __future__ import annotations
 

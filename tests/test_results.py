@@ -90,10 +90,15 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
     names = [path for path in (RESULTS / "reference").iterdir() if path.name not in OTHERS]
     found = [records.read_record(path) for path in names]
-    assert {record.seed for record in found} == {0}, "the README says that there is one seed"
-    assert text.count("All results so far are of 1 seed") == text.count("現在の結果はすべて乱数シード1つだけ") == 1
-    assert "All results so far are of **one seed**" in text and "one seed of every row" in text
-    plain = {(record.row, record.setting) for record in found if not record.label}
-    assert plain == set(itertools.product(ROWS, grids.BOTH))
+    plain = {seed: {(r.row, r.setting) for r in found if r.seed == seed and not r.label} for seed in grids.SEEDS}
+    whole = [seed for seed in grids.SEEDS if plain[seed] == set(itertools.product(ROWS, grids.BOTH))]
+    assert whole == [0, 1], "the README says that there are two seeds of every row"
+    ablations = grids.grid("all", PROFILES["reference"], [0])
+    assert {point.name for point in ablations} <= {path.stem for path in names}
+    assert "two seeds of every row, and one of every ablation" in text
+    assert text.count("All results so far are of 1 or 2 seeds") == text.count("乱数シード1つまたは2つだけ") == 1
+    assert "All results so far are of **one or two seeds**" in text
+    second = {record.machine["device"] for record in found if record.seed == 1}
+    assert "cpu" in second and len(second) == 2, "the README says that a GPU computed some"
     assert "03 to 06 train four rows" in text and len(COURSE_ROWS) == 4
     assert "from the same four" in text and len(runner.LEARNING_RATES) == 4
