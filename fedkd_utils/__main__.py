@@ -254,9 +254,12 @@ def _results(arguments: argparse.Namespace) -> None:
 def _segment(arguments: argparse.Namespace) -> None:
     from fedkd_utils import files, segment
 
-    volume = segment.read_volume(arguments.volume)  # refuse what cannot be a knee before minutes of training
+    # Refuse what cannot be written and what cannot be a knee before minutes of training.
+    out = arguments.out or segment.default_output(arguments.volume)
+    segment.check_outputs(arguments.volume, out, arguments.table, arguments.preview)
+    volume = segment.read_volume(arguments.volume)
     network, settings = _network(arguments, PROFILES[arguments.profile])
-    result = segment.segment_volume(volume, network, settings, arguments.out, locate=True, progress=sys.stderr.isatty())
+    result = segment.segment_volume(volume, network, settings, out, locate=True, progress=sys.stderr.isatty())
     print(result.report())
     if arguments.table:
         files.write_atomically(arguments.table, result.table().to_csv(index=False).encode())

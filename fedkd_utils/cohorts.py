@@ -14,6 +14,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import zlib
@@ -52,8 +53,16 @@ CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t
 SCAN_SEED = 1
 
 
+def printable(text: object) -> str:
+    """Text for any terminal or file: bytes that are no UTF-8, line breaks and the like are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class CohortError(ValueError):
-    """A cohort or site that cannot be used; the message names the folder, the fault and the remedy."""
+    """A cohort or site that cannot be used; the message names the folder, the fault and the remedy, in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 @dataclass(frozen=True)
@@ -470,26 +479,98 @@ def dataset_json(
 # --- opening ------------------------------------------------------------
 
 
+#: The folders of a site's images, each with that of their labels.
+HALVES = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
+
+#: Beside volumes these need no word: what converters and people write down about them.
+_NOTES = (".json", ".txt", ".md", ".csv", ".tsv", ".xlsx", ".yaml", ".yml", ".bval", ".bvec")
+
+#: Images of OAIZIB-CM as they were unpacked: its reader knows its label values, whatever ``dataset.json`` calls them.
+OAIZIB_CM = "imagesT[rs]/oaizib_[0-9][0-9][0-9]_0000.nii.gz"
+
+#: Words that name a class in the ``labels`` of a ``dataset.json``, and words that say nothing more.
+_CLASS_OF_WORD = {
+    **dict.fromkeys(("femoral", "femur", "fc"), 1),
+    **dict.fromkeys(("tibial", "tibia", "tc"), 2),
+    **dict.fromkeys(("patellar", "patella", "pc"), 3),
+}
+_EMPTY_WORDS = {"articular", "cart", "knee", "label", "the"}
+
+#: From here on the numbers of people whom nobody named.
+_UNNAMED = 2**48
+
+
+def _stem(name: str) -> str:
+    """File name without ``.nii[.gz]``, as it can be printed."""
+    return printable(name.removesuffix(".gz").removesuffix(".nii"))
+
+
 def _bare(name: str) -> str:
     """File name without ``.nii[.gz]`` and without nnU-Net's channel suffix."""
-    stem = name.removesuffix(".gz").removesuffix(".nii")
-    return stem.removesuffix("_0000")
+    return _stem(name).removesuffix("_0000")
+
+
+def _is_volume(path: Path) -> bool:
+    return path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What lies in a folder, in the order of the names; nothing when there is no folder."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
     """The volumes of a folder by bare name.
 
     Raises:
-        CohortError: two files for one name.
+        CohortError: two files for one name, or something of such a name that is no file.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.endswith((".nii", ".nii.gz")) and path.name[0] != ".":
-            name = _bare(path.name)
-            if name in found:
-                raise CohortError(f"{path} and {found[name].name} are one volume twice. Remove one of them.")
-            found[name] = path
+    for path in filter(_is_volume, _inside(folder)):
+        _refuse_no_file(path)
+        name = _bare(path.name)
+        if name in found:
+            raise CohortError(f"{path} and {found[name].name} are one volume twice. Remove one of them.")
+        found[name] = path
     return found
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Refuse what is called like a volume and is none: a folder, a link to nowhere, a pipe (:class:`CohortError`)."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise CohortError(f"{path}: a folder, though called like a file. Put the file in its place, or rename it.")
+    if path.is_symlink() and not path.exists():
+        raise CohortError(f"{path}: a link to {os.readlink(path)}, where no file is. Put the file itself in its place.")
+    raise CohortError(f"{path}: neither a file nor a link to one (a pipe or a device?). Put the file in its place.")
+
+
+def _refuse_channels(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
+    """Refuse nnU-Net's further channels, which would count as people: ``k_0001`` beside ``k_0000``, or alone.
+
+    A number of four digits is part of a name and no channel where a label has it, too, or where no name of the folder
+    shows nnU-Net's suffix: an image ``x_0000`` whose label is not called so.
+
+    Raises:
+        CohortError: names the first one.
+    """
+    drawn = {_stem(path.name) for path in labels.values()}
+    stems = {_stem(path.name): path for path in images.values()}
+    suffixed = any(stem.endswith("_0000") and stem not in drawn for stem in stems)
+    for stem, path in stems.items():
+        case = re.sub(r"_\d{4}$", "", stem)
+        if stem not in drawn and not stem.endswith("_0000") and case != stem and (suffixed or case in drawn):
+            raise CohortError(
+                f"{path}: one of several channels of {case}, but a network here sees one. Keep the one to work with as "
+                f"{case}_0000 and move the others away. (If it is a knee of its own, end its name in another way.)"
+            )
+
+
+def passed_over(folder: Path) -> list[Path]:
+    """What lies among a site's images and labels and is not read: other formats, folders, ``.NII.GZ``."""
+    inside = [path for half in HALVES for part in half for path in _inside(folder / part)]
+    return [p for p in inside if not _is_volume(p) and p.name[0] != "." and not p.name.lower().endswith(_NOTES)]
 
 
 def _facts(described: Path) -> dict[str, Any]:
@@ -498,74 +579,194 @@ def _facts(described: Path) -> dict[str, Any]:
         return {}
     try:
         facts = json.loads(described.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CohortError(f"{described}: not readable as JSON ({error}). Repair or delete it.") from error
     if not isinstance(facts, dict):
         raise CohortError(f"{described}: holds no JSON object. Repair or delete it.")
     return facts
 
 
+def _short(value: object) -> str:
+    """A value of a ``dataset.json`` for a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def number_of(person: str) -> int:
     """A number for a person's name: always the same, and hardly ever that of another one."""
-    return int(hashlib.sha256(person.encode()).hexdigest()[:12], 16)
+    return int(hashlib.sha256(person.encode("utf-8", "surrogatepass")).hexdigest()[:12], 16)
 
 
-def _listed(facts: dict[str, Any], part: str) -> list[str]:
-    """The files that ``dataset.json`` lists in a part: images, and labels where it names them."""
+def _listed(facts: Mapping[str, Any], part: str, described: Path) -> list[str]:
+    """The files that ``dataset.json`` lists in a part: images, and labels where it names them.
+
+    Raises:
+        CohortError: the part is no list of file names, or of objects with an image and perhaps a label.
+    """
     entries = facts.get(part, [])
-    return [str(file) for e in entries for file in (e.values() if isinstance(e, dict) else [e])]
+    files: list[str] = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        named = [entry[kind] for kind in ("image", "label") if kind in entry] if isinstance(entry, dict) else [entry]
+        if not isinstance(entries, list) or not named or not all(isinstance(file, str) and file for file in named):
+            raise CohortError(
+                f'{described}: {part} holds {_short(entry)}. Make it a list of file names, or of {{"image": file name, '
+                '"label": file name}.'
+            )
+        files += named
+    return files
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file, or such a volume under another ending or with nnU-Net's suffix."""
+    try:
+        return path.is_file() or _bare(path.name) in {_bare(other.name) for other in _inside(path.parent)}
+    except (OSError, ValueError):  # no name that a file can have
+        return False
+
+
+def _by_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``dataset.json`` says of files, by their bare names."""
+    return {_bare(Path(file).name): value for file, value in values.items()}
+
+
+def _named_classes(facts: Mapping[str, Any], described: Path) -> tuple[int, ...]:
+    """The cartilages that ``labels`` names (nnU-Net: name -> number; Decathlon: number -> name); without it all.
+
+    Raises:
+        CohortError: no such object, names that are no class, a class with two numbers, numbers that are not the
+            course's, or no class at all; says how the label files have to be changed.
+    """
+    if "labels" not in facts:
+        return CARTILAGES
+    named = facts["labels"]
+    numbers: list[tuple[str, int]] = []
+    for key, value in named.items() if isinstance(named, dict) else [("", named)]:
+        name, number = (value, key) if isinstance(value, str) and key.isdecimal() else (key, value)
+        if not isinstance(named, dict) or not re.fullmatch(r"[0-9]{1,9}", _short(number).strip('"')):
+            raise CohortError(
+                f'{described}: labels is {_short(named)}. Make it name -> number, as {{"background": 0, "femoral '
+                'cartilage": 1}}, or number -> name.'
+            )
+        numbers.append((name, int(number)))
+    found: dict[int, tuple[str, int]] = {}
+    for name, number in numbers:
+        words = set(re.findall(r"[^\W_]+", re.sub("cartilages?", " ", name.lower()))) - _EMPTY_WORDS
+        c = _CLASS_OF_WORD.get("".join(words), 0)
+        if c == 0 and number != 0:
+            raise CohortError(
+                f"{described}: labels names {_short(name)} ({number}), which is no class here. Set its voxels to 0 in "
+                f"the label files and drop the name; the classes are {_codes()}."
+            )
+        if c in found:
+            raise CohortError(
+                f"{described}: labels names {CLASS_NAMES[c]} cartilage twice ({_short(found[c][0])}, {_short(name)}). "
+                f"Change the label files so that each class has one value, and bone has 0: {_codes()}."
+            )
+        found |= {c: (name, number)} if c else {}
+    if not found:
+        raise CohortError(f"{described}: labels is {_short(named)}, without a cartilage. Name those drawn: {_codes()}.")
+    if changes := [f"{number} to {c} ({name})" for c, (name, number) in sorted(found.items()) if number != c]:
+        raise CohortError(
+            f"{described}: labels has other numbers than the course ({_codes()}). In all label files change "
+            f"{', '.join(changes)}, at once, and then the numbers in labels."
+        )
+    return tuple(sorted(found))
+
+
+def _codes() -> str:
+    """The numbers and names of the classes, in words."""
+    return ", ".join(f"{c} {CLASS_NAMES[c]}" for c in CARTILAGES)
+
+
+def _labelled_classes(facts: Mapping[str, Any], described: Path) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """The classes that volumes have labelled, and those of the volumes that ``labelled_classes`` names, by bare name.
+
+    Raises:
+        CohortError: no lists of numbers of classes, or a class that ``labels`` does not name.
+    """
+    named = CARTILAGES if any(described.parent.glob(OAIZIB_CM)) else _named_classes(facts, described)
+    drawn = facts.get("labelled_classes", list(named))
+    by_name = _by_file(drawn) if isinstance(drawn, dict) else {"": drawn}
+    for own in by_name.values():
+        if not isinstance(own, list) or not all(type(c) is int for c in own):
+            raise CohortError(
+                f"{described}: labelled_classes must be a list of numbers, or file name -> list of numbers, but holds "
+                f"{_short(own)}."
+            )
+        if not own or not set(own) <= set(CARTILAGES):
+            raise CohortError(f"{described}: labelled_classes is {_short(own)}. Use some of {list(CARTILAGES)}.")
+        if not set(own) <= set(named):
+            raise CohortError(
+                f"{described}: labelled_classes is {_short(own)}, but labels names only {_short(named)}. Correct "
+                "one of them."
+            )
+    classes = {name: tuple(dict.fromkeys(own)) for name, own in by_name.items()}
+    return (named, classes) if isinstance(drawn, dict) else (classes[""], {})
+
+
+def _subjects_named(facts: Mapping[str, Any], described: Path) -> dict[str, int]:
+    """The number of the person of each bare name in ``subjects``: as given, or that of a pseudonym.
+
+    Raises:
+        CohortError: no object of file names with numbers or names.
+    """
+    given = facts.get("subjects", {})
+    people: dict[str, int] = {}
+    for name, person in _by_file(given).items() if isinstance(given, dict) else [("", given)]:
+        text = person.strip() if isinstance(person, str) else ""
+        if not isinstance(given, dict) or (type(person) is not int and not text):
+            raise CohortError(
+                f"{described}: subjects must be file name -> number or pseudonym, but holds {_short(person)}."
+            )
+        written = re.fullmatch("[0-9]{1,18}", text)
+        people[name] = int(person) if type(person) is int or written else number_of(text)
+    return people
 
 
 def open_site(folder: str | Path) -> Site:
     """Open any folder in the Decathlon or nnU-Net layout.
 
-    ``dataset.json`` may name ``validation`` and ``test`` cases, the ``labelled_classes`` (a list for the site, or file
-    name -> list where volumes differ; a volume that is not named has all) and the ``subjects`` (file name -> number).
-    Without it every labelled volume of ``imagesTr`` is training data, those of ``imagesTs`` are for test, all
-    cartilages count as labelled, and every volume as a subject of its own. An image in ``imagesTr`` without a label is
-    unlabelled. One without a label that is named for validation or test, or lies in ``imagesTs``, can be neither scored
-    nor, since it was held out, trained on: it is ``left_out``.
+    ``dataset.json`` may name ``validation`` and ``test`` cases, the ``labels`` (nnU-Net: name -> number; Decathlon:
+    number -> name; a cartilage that is not named is not labelled), the ``labelled_classes`` (a list for the site, or
+    file name -> list where volumes differ; a volume that is not named has all that ``labels`` names) and the
+    ``subjects`` (file name -> number or pseudonym). Without it every labelled volume of ``imagesTr`` is training data,
+    those of ``imagesTs`` are for test, all cartilages count as labelled, and every volume as a subject of its own. An
+    image in ``imagesTr`` without a label is unlabelled. One without a label that is named for validation or test, or
+    lies in ``imagesTs``, can be neither scored nor, since it was held out, trained on: it is ``left_out``.
 
     Raises:
-        CohortError: no volume, a label without an image, an unreadable ``dataset.json``, or one that lists a file
-            that is not there, or names classes or subjects that are none or of no file.
+        CohortError: no volume, something called like one that is no file, a second channel, a label without an image,
+            an unreadable ``dataset.json``, or one that lists a file that is not there, or names classes or subjects
+            that are none or of no file, or numbers the classes in another way.
     """
     folder = Path(folder)
-    images, labels = _volumes(folder / "imagesTr"), _volumes(folder / "labelsTr")
-    tests, test_labels = _volumes(folder / "imagesTs"), _volumes(folder / "labelsTs")
+    (images, labels), (tests, test_labels) = ((_volumes(folder / a), _volumes(folder / b)) for a, b in HALVES)
     if not images and not tests:
-        raise CohortError(f"{folder}: no volume in imagesTr. Put .nii.gz files there, and their labels in labelsTr.")
+        others = ", ".join(path.name for path in passed_over(folder)[:3])
+        found = f" (not read: {others})" if others else ""
+        raise CohortError(
+            f"{folder}: no volume in imagesTr{found}. Put .nii.gz files there, and their labels in labelsTr."
+        )
     described = folder / "dataset.json"
     facts = _facts(described)
-    for part in SPLITS:
-        for listed in _listed(facts, part):
-            path = folder / listed
-            if not path.is_file() and _bare(path.name) not in _volumes(path.parent):
-                raise CohortError(f"{described}: lists {listed}, which is not there. Add the file or drop the entry.")
+    listed = {part: _listed(facts, part, described) for part in SPLITS}
+    for file in (file for files in listed.values() for file in files):
+        if not _is_there(folder / file):
+            raise CohortError(f"{described}: lists {file}, which is not there. Add the file or drop the entry.")
     for kind, owners, owned in (("imagesTr", images, labels), ("imagesTs", tests, test_labels)):
+        _refuse_channels(owners, owned)
         for name in owned.keys() - owners.keys():
             raise CohortError(f"{owned[name]}: no image of this name in {kind}. Add the image or remove the label.")
     for name in images.keys() & tests.keys():
         raise CohortError(f"{tests[name]}: also in imagesTr. Keep a volume for training or for test, not for both.")
-    try:
-        drawn = facts.get("labelled_classes", CARTILAGES)
-        by_name = {_bare(Path(name).name): own for name, own in drawn.items()} if isinstance(drawn, dict) else {}
-        classes_of = {name: tuple(int(c) for c in own) for name, own in by_name.items()}
-        classes = CARTILAGES if isinstance(drawn, dict) else tuple(int(c) for c in drawn)
-        subjects = {_bare(Path(name).name): int(number) for name, number in facts.get("subjects", {}).items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CohortError(
-            f"{described}: labelled_classes must be a list of numbers, subjects file name -> number ({error})."
-        ) from error
-    for own in (classes, *classes_of.values()):
-        if not own or not set(own) <= set(CARTILAGES):
-            raise CohortError(f"{described}: labelled_classes is {list(own)}. Use some of {list(CARTILAGES)}.")
+    classes, classes_of = _labelled_classes(facts, described)
+    subjects = _subjects_named(facts, described)
     for key, names in (("labelled_classes", classes_of), ("subjects", subjects)):
         for name in sorted(names.keys() - images.keys() - tests.keys()):
             raise CohortError(f"{described}: {key} names {name}, but no image is called so. Correct the name.")
 
     def named(part: str) -> set[str]:
-        return {_bare(Path(file).name) for file in _listed(facts, part)}
+        return {_bare(Path(file).name) for file in listed[part]}
 
     split_of = dict.fromkeys(images, "training") | dict.fromkeys(tests, "test")
     split_of |= dict.fromkeys(named("validation") & images.keys(), "validation")
@@ -584,7 +785,7 @@ def open_site(folder: str | Path) -> Site:
                 out.append(Item(name, number, image, known.get(name), classes_of.get(name, classes)))
         return tuple(out)
 
-    return Site(folder.resolve().name, folder, *(items(split) for split in (*SPLITS, "left_out")))
+    return Site(printable(folder.resolve().name), folder, *(items(split) for split in (*SPLITS, "left_out")))
 
 
 def _own_number(folder: Path, name: str) -> int:
@@ -592,7 +793,12 @@ def _own_number(folder: Path, name: str) -> int:
 
     Of the site's name and not its place: a folder that is moved keeps its people, and with them its splits.
     """
-    return number_of(f"{folder.resolve().name}/{name}") + 2**48
+    return number_of(f"{folder.resolve().name}/{name}") + _UNNAMED
+
+
+def is_named(subject: str) -> bool:
+    """Whether somebody gave a subject its number: False for a volume that counts as a person of its own."""
+    return not (subject.isdecimal() and int(subject) >= _UNNAMED)
 
 
 def scanner_title(site: Site) -> str:

@@ -370,7 +370,7 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         return metrics
     if running is not None:
         run.students[""] = running.average()
-    else:
+    elif settings.clip_norm is not None:
         noise, drawn = settings.noise_multiplier or 0.0, generator_of(plan.seed, "privacy", number)
         run.students[""] = private_step(before, held, settings.clip_norm, noise, drawn)
     if plan.method.groups:

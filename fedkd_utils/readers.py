@@ -25,7 +25,17 @@ from numpy.typing import NDArray
 
 from fedkd_utils import cohorts
 from fedkd_utils.settings import CARTILAGES
-from fedkd_utils.transforms import VolumeError, checked_voxels, middle_mm, one_line, read_volume, refuse_other_grid
+from fedkd_utils.transforms import (
+    RIGHT_ANGLE_DEGREES,
+    VolumeError,
+    checked_voxels,
+    middle_mm,
+    one_line,
+    read_nifti,
+    read_volume,
+    refuse_other_grid,
+    refuse_sheared,
+)
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised as an error
 
@@ -112,6 +122,7 @@ def _array(image: sitk.Image, path: Path) -> tuple[NDArray[Any], NDArray[np.floa
     affine = np.eye(4)
     affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
+    refuse_sheared(affine, path)
     return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts left and posterior
 
 
@@ -123,7 +134,7 @@ def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.floa
 
     Raises:
         FileNotFoundError: no such folder.
-        VolumeError: no or several series, a slice that is missing or there twice, damaged files.
+        VolumeError: no or several series, a slice that is missing, there twice or beside the others, damaged files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -151,12 +162,13 @@ def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.floa
 
 def _check_slices(folder: Path, files: Sequence[str]) -> None:
     """Slices must lie at even steps: ITK would stretch the others over a missing one."""
-    places = []
+    places, corners = [], []
     for name in files:
         try:
             header = pydicom.dcmread(name, stop_before_pixels=True)
             rows = np.array(header.ImageOrientationPatient, float)
-            places.append(float(np.cross(rows[:3], rows[3:]) @ np.array(header.ImagePositionPatient, float)))
+            corners.append(np.array(header.ImagePositionPatient, float))
+            places.append(float(np.cross(rows[:3], rows[3:]) @ corners[-1]))
         except Exception as error:  # pydicom raises many kinds for damaged files
             raise VolumeError(f"{name}: its position cannot be read ({one_line(error)}). Export it again.") from error
     steps = np.diff(np.sort(places))
@@ -165,6 +177,13 @@ def _check_slices(folder: Path, files: Sequence[str]) -> None:
         raise VolumeError(f"{folder}: two slices lie at one place; several echoes or times in one series? Split it.")
     if steps.max() > 1.2 * usual:
         raise VolumeError(f"{folder}: slices lie {usual:.2f} mm apart, but once {steps.max():.2f} mm: one is missing.")
+    first, last = np.argmin(places), np.argmax(places)
+    aside = float(np.linalg.norm(corners[last] - corners[first])) ** 2 - float(places[last] - places[first]) ** 2
+    if aside > (np.tan(np.radians(RIGHT_ANGLE_DEGREES)) * (places[last] - places[first])) ** 2:
+        raise VolumeError(
+            f"{folder}: its slices do not lie straight above each other but {aside**0.5:.1f} mm aside: the stack is "
+            "sheared. Resample it to a grid with right angles, or export it again."
+        )
 
 
 def _affine(order: str, spacing: Sequence[float], shape: Sequence[int]) -> NDArray[np.float64]:
@@ -215,7 +234,8 @@ def nifti_site(folder: Path) -> list[Reading]:
 def oaizib_cm(folder: Path) -> list[Reading]:
     """OAIZIB-CM (CC-BY-NC-4.0): nnU-Net layout; 1 femur, 2 FC, 3 tibia, 4 medial and 5 lateral TC; no patella.
 
-    One knee a person, so ``subInfo`` and ``kneeSideInfo`` are not needed.
+    One knee a person, so ``subInfo`` and ``kneeSideInfo`` are not needed. The numbers are its own: who they are in
+    OAI-ZIB, whose masks these are, cannot be seen (:data:`FROM_OAI`).
     """
     return _site(folder, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2, 5: 2}, NO_PATELLA)
 
@@ -259,24 +279,38 @@ def skm_tea(folder: Path) -> list[Reading]:
 
     The image is the root of the sum of squares of the two echoes, as for DESS. Channel 0 is the **patella**, 1 FC, 2
     and 3 TC. Masks lie in the HDF5 file or in ``segmentation_masks/*-track`` (channel + 1). Where the annotations give
-    the slices as RL they are flipped, so that all run from left to right.
+    the slices as RL they are flipped, so that all run from left to right. Without annotations nobody can know that, or
+    who is who, so a scan that they do not describe is refused when it is loaded, and a set without any at once.
+
+    Raises:
+        VolumeError: no annotations, or damaged ones.
     """
     root = folder / "v1-release" if (folder / "v1-release").is_dir() else folder
     mapping = {0: 3, 1: 1, 2: 2, 3: 2}
     facts: dict[str, tuple[str, str, bool]] = {}
-    for file in sorted([*folder.glob("annotations/*/*.json"), *root.glob("annotations/*/*.json")]):
+    notes = sorted({*folder.glob("annotations/*/*.json"), *root.glob("annotations/*/*.json")})
+    if not notes:
+        raise VolumeError(
+            f"{root / 'annotations'}: no annotations (v1.0.0/train.json, val.json, test.json), so which slices run "
+            "from right to left, the splits and the people are unknown. Put the set's annotations there."
+        )
+    for file in notes:
         split = {"train": "training", "val": "validation", "test": "test"}.get(file.stem, "")
         try:
             for entry in json.loads(file.read_text(encoding="utf-8"))["images"]:
                 name = str(entry.get("scan_id") or Path(str(entry["file_name"])).stem)
-                flipped = "RL" in (entry.get("orientation") or ())
-                facts[name] = (split, str(entry.get("subject_id", name)), flipped)
+                facts[name] = (split, str(entry["subject_id"]), "RL" in entry["orientation"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise VolumeError(
                 f"{file}: not an annotation file of SKM-TEA ({one_line(error)}). Fetch it again."
             ) from error
 
-    def load(path: Path, mask: Path | None, flipped: bool) -> Loaded:
+    def load(path: Path, mask: Path | None, flipped: bool | None) -> Loaded:
+        if flipped is None:
+            raise VolumeError(
+                f"{path}: not in the set's annotations, so whether its slices run from right to left is unknown. Fetch "
+                "the annotations again, or leave the file out."
+            )
         echoes = [checked_voxels(_hdf5(path, key), path) for key in ("echo1", "echo2")]
         if echoes[0].shape != echoes[1].shape:
             raise VolumeError(f"{path}: the two echoes differ in shape. Fetch it again.")
@@ -296,7 +330,7 @@ def skm_tea(folder: Path) -> list[Reading]:
 
     out = []
     for path in sorted((root / "image_files").glob("*.h5")):
-        split, subject, flipped = facts.get(path.stem, ("", path.stem, False))
+        split, subject, flipped = facts.get(path.stem, ("", path.stem, None))
         masks = [root / "segmentation_masks" / t / f"{path.stem}.nii.gz" for t in ("dicom-track", "raw-data-track")]
         try:
             with h5py.File(path, "r") as file:
@@ -311,9 +345,10 @@ def skm_tea(folder: Path) -> list[Reading]:
 def oai_zib(folder: Path) -> list[Reading]:
     """OAI-ZIB: ``segmentation_masks/<id>.segmentation_masks.mhd``, with the OAI series of each in ``dicom/<id>``.
 
-    1 femur, 2 FC, 3 tibia, 4 TC; no patella. The masks carry no pose: axis 0 is flipped, the axis with as many entries
-    as there are slices is taken as theirs, and the geometry is that of the series. A result with the femur below the
-    tibia is refused. (In the folder ``classification`` the tibia is 2; it is not read.)
+    1 femur, 2 FC, 3 tibia, 4 TC; no patella. Its people may be those of other sets (:data:`FROM_OAI`). The masks carry
+    no pose: axis 0 is flipped, the axis with as many entries as there are slices is taken as theirs, and the geometry
+    is that of the series. A result with the femur below the tibia is refused. (In the folder ``classification`` the
+    tibia is 2; it is not read.)
     """
 
     def load(mask: Path, series: Path) -> Loaded:
@@ -371,15 +406,16 @@ def open_knees(folder: Path) -> list[Reading]:
     """Open Knee(s) (MRI CC BY 4.0, masks CC BY-SA 3.0): ``mri/mri-oksNNN/*.nii``, one binary mask per tissue.
 
     Every series of a knee is a view of the same subject with the same masks, brought to its grid by their own
-    geometry (they may be cropped). What has no mask was not drawn.
+    geometry (they may be cropped): that of the qform, on which the set is aligned, where a file has one, and of the
+    sform otherwise. What has no mask was not drawn.
     """
 
     def load(image: Path, masks: Mapping[int, Sequence[Path]]) -> Loaded:
-        voxels, affine = read_volume(image)
+        voxels, affine, _ = read_nifti(image, by_qform=True)
         classes = np.zeros(voxels.shape, np.uint8)
         for c, paths in masks.items():
             for path in paths:
-                raw, place = read_volume(path)
+                raw, place, _ = read_nifti(path, by_qform=True)
                 if not np.isin(raw, (0, raw.max())).all():
                     raise VolumeError(f"{path}: not a mask of two values. Fetch it again.")
                 shares = nib.Nifti1Image((raw > 0).astype(np.float32), place)
@@ -415,7 +451,12 @@ def oai_queensland(folder: Path) -> list[Reading]:
 
 
 def dicom_folder(folder: Path) -> list[Reading]:
-    """One DICOM series in every sub-folder (or in the folder itself), without labels; a folder counts as a person."""
+    """One DICOM series in every sub-folder (or in the folder itself), without labels.
+
+    Series with the same PatientID are the same person, known by a number that is made of it: a word that was put in
+    the place of every ID makes one person of all. A series without one is a person of its own. Hospitals count their
+    patients apart, so people of two sites are never the same.
+    """
 
     def load(path: Path) -> Loaded:
         voxels, affine = read_dicom(path)
@@ -426,7 +467,7 @@ def dicom_folder(folder: Path) -> list[Reading]:
     return [
         Reading(
             "_".join(p.relative_to(folder).parts) or p.resolve().name,
-            f"dicom/{folder.resolve().name}/{p.relative_to(folder).as_posix()}",
+            f"dicom/{folder.resolve().name}/{_patient(p) or p.relative_to(folder).as_posix()}",
             "",
             (),
             p,
@@ -438,17 +479,31 @@ def dicom_folder(folder: Path) -> list[Reading]:
 
 def _holds_dicom(folder: Path) -> bool:
     """Whether some file of a folder begins as DICOM does."""
+    return _first_dicom(folder) is not None
+
+
+def _first_dicom(folder: Path) -> Path | None:
     for path in sorted(folder.iterdir())[:50]:
         if path.is_file() and path.name[0] != ".":
             with path.open("rb") as file:
                 if file.read(132)[128:] == b"DICM":
-                    return True
-    return False
+                    return path
+    return None
+
+
+def _patient(series: Path) -> str:
+    """A number made of the PatientID of a series, which is shown nowhere itself; "" where there is none."""
+    try:
+        header = pydicom.dcmread(str(_first_dicom(series)), stop_before_pixels=True, specific_tags=["PatientID"])
+        name = str(header.get("PatientID") or "").strip()
+    except Exception:  # damaged: loading says so
+        return ""
+    return f"patient {cohorts.number_of(name)}" if name else ""
 
 
 #: By name: the reader, and what tells its layout from the others (the first that fits).
 READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]]] = {
-    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob("imagesT[rs]/oaizib_[0-9][0-9][0-9]_0000.nii.gz"))),
+    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob(cohorts.OAIZIB_CM))),
     "nifti": (nifti_site, lambda f: (f / "imagesTr").is_dir() or (f / "imagesTs").is_dir()),
     "iwoai": (iwoai, lambda f: any(f.glob("*/*_V0?.im"))),
     "skm_tea": (skm_tea, lambda f: any(f.glob("image_files/MTR_*.h5")) or any(f.glob("v1-release/image_files/*.h5"))),
@@ -462,6 +517,25 @@ READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]
 
 #: Layouts of label maps without images.
 WITHOUT_IMAGES = ("oai_queensland",)
+
+#: Sets of knees of the Osteoarthritis Initiative, where one person may be in several. OAI-ZIB and the Queensland maps
+#: keep the Initiative's numbers, so that this is seen; OAIZIB-CM has numbers of its own.
+FROM_OAI = ("oaizib_cm", "oai_zib", "oai_queensland")
+
+
+def maybe_shared(layouts: Mapping[str, str]) -> str | None:
+    """A warning where sites may hold the same people under other numbers; None where that cannot be.
+
+    Args:
+        layouts: of the sites, by name.
+    """
+    alike = {site: name for site, name in layouts.items() if name in FROM_OAI}
+    if len(alike) < 2 or set(alike.values()) <= {"oai_zib", "oai_queensland"}:
+        return None
+    return (
+        f"{', '.join(alike)}: all from the Osteoarthritis Initiative, and not all with its numbers, so the same people "
+        "may be in several of them. Compare the sets' own lists (subInfo of OAIZIB-CM), or keep to one of them."
+    )
 
 
 def layout(folder: str | Path) -> str | None:

@@ -12,6 +12,7 @@ contrast away from what the network knows.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +125,11 @@ def segment_volume(
         FileNotFoundError: the volume, or the folder of ``out``, does not exist.
         VolumeError: the file cannot be a knee, see :func:`read_volume`.
         ValueError: ``out`` would overwrite the volume, or the network is in training mode or gives NaN.
+        OSError: ``out`` cannot be written, see :func:`check_outputs`.
     """
     path = volume.path if isinstance(volume, Volume) else Path(volume)
-    target = _checked_target(default_output(path) if out is None else Path(out), path)
+    target = default_output(path) if out is None else Path(out)
+    check_outputs(path, target)
     volume = volume if isinstance(volume, Volume) else read_volume(path)
     label = label_volume(volume, network, settings, locate=locate, progress=progress)
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
@@ -343,14 +346,45 @@ def preview(volume: Volume, label: NDArray[np.uint8], out: str | Path) -> None:
     write_atomically(Path(out), figures.png(figure))
 
 
-def _checked_target(out: Path, source: Path) -> Path:
-    if not out.name.endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{out}: the segmentation is a NIfTI file. Give a name that ends in .nii.gz.")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such folder. Make it, or write elsewhere.")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise ValueError(f"{out}: that is the volume itself. Give another name for the segmentation.")
-    return out
+#: What can be written, and how its file is called.
+OUTPUTS = {
+    "segmentation": ("a NIfTI file", (".nii.gz", ".nii")),
+    "table": ("a CSV file", (".csv",)),
+    "preview": ("a PNG picture", (".png",)),
+}
+
+
+def check_outputs(
+    source: Path, segmentation: Path | None = None, table: Path | None = None, preview: Path | None = None
+) -> None:
+    """Refuse what could not be written in the end, before minutes are spent on it; nothing is left on the disk.
+
+    Args:
+        source: the volume, which no output may replace.
+        segmentation, table, preview: the files to write.
+
+    Raises:
+        ValueError: a name with another ending than :data:`OUTPUTS` says, or the volume itself.
+        FileNotFoundError: the folder of a file does not exist.
+        OSError: that folder cannot be written to, or a folder has the name of the file; names it.
+    """
+    for what, out in (("segmentation", segmentation), ("table", table), ("preview", preview)):
+        if out is None:
+            continue
+        kind, endings = OUTPUTS[what]
+        if not out.name.endswith(endings):
+            raise ValueError(f"{out}: the {what} is {kind}. Give a name that ends in {endings[0]}.")
+        if not out.parent.is_dir():
+            raise FileNotFoundError(f"{out.parent}: no such folder. Make it, or write elsewhere.")
+        if out.is_dir():
+            raise IsADirectoryError(f"{out}: that is a folder. Give the name of a file for the {what}.")
+        if out.exists() and source.exists() and out.samefile(source):
+            raise ValueError(f"{out}: that is the volume itself. Give another name for the {what}.")
+        try:
+            tempfile.TemporaryFile(dir=out.parent).close()
+        except OSError as error:
+            reason = error.strerror or transforms.one_line(error)
+            raise OSError(f"{out}: cannot be written ({reason}). Write elsewhere.") from error
 
 
 def _write_label(out: Path, label: NDArray[np.uint8], source: nib.Nifti1Header) -> None:

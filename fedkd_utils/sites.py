@@ -6,12 +6,14 @@ import base64
 import functools
 import hashlib
 import html
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fedkd_utils import cohorts, figures, readers, segment, transforms
@@ -27,11 +29,17 @@ REPOSITORY = "repository"
 #: What an adult knee may have, in ml: wide, to find wrong units and wrong classes and not unusual people. (Chosen.)
 PLAUSIBLE_ML = {1: (3.0, 30.0), 2: (1.0, 12.0), 3: (0.4, 8.0)}
 
+#: So many times the upper end no knee has: the unit or the classes are wrong. (Chosen.)
+ABSURD = 3
+
 #: Voxel sizes of knee protocols, in mm. (Chosen.)
 PLAUSIBLE_SPACING_MM = (0.1, 8.0)
 
 #: Grey levels that any scanner's image has; a label map has fewer.
 LEAST_GREY_LEVELS = 16
+
+#: How far the block means of two copies of one image may differ; 8 bits change them by 0.002, another scan by 1.
+SAME_PATTERN = 0.005
 
 #: Volumes of a site that the preview page shows.
 SHOWN = 12
@@ -44,6 +52,14 @@ MUCH_LARGER = 1.1
 
 #: The splits that nobody trains on.
 HELD_OUT = ("validation", "test")
+
+#: Parts of file names that tell visits and sides of one person apart: V00, 12m, visit2, ses-01, L, left.
+VISIT_OR_SIDE = re.compile(
+    r"(?i)(?:^|[-_. ])(?:v\d{1,2}|\d{1,3}m|visit[-_]?\d+|ses-\w+?|ses\d+|l|r|left|right)(?=[-_. ]|$)"
+)
+
+#: Layouts that :func:`cohorts.open_site` reads.
+OPENED = ("nifti", "oaizib_cm")
 
 Progress = Callable[[str], None]
 
@@ -69,7 +85,10 @@ class VolumeFacts:
     spacing_mm: tuple[float, float, float]
     axes: str  # codes of the stored order, as "PIR"
     volumes_ml: dict[int, float]  # of the classes that its source drew
-    content: str  # hash of the voxels
+    grey: tuple[float, ...]  # median, 1st and 99th percentile of the image; empty without one
+    content: str  # hash of the voxels as they are stored
+    pattern: NDArray[np.float64]  # (64,), see :func:`_pattern`
+    drawn: str  # hash of the label in RAS order; "" without one
     path: Path
 
 
@@ -80,6 +99,10 @@ class Report:
     facts: dict[str, list[VolumeFacts]] = field(default_factory=dict)  # by site
     layouts: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+
+    def add(self, level: str, text: str) -> None:
+        """Add a finding, in characters that any terminal and file takes."""
+        self.findings.append(Finding(level, cohorts.printable(text)))
 
     @property
     def errors(self) -> list[Finding]:
@@ -120,6 +143,9 @@ class Report:
             ):
                 counts = {value: values.count(value) for value in dict.fromkeys(values)}
                 lines.append(f"  {title:8s}" + ", ".join(f"{value} ({n})" for value, n in list(counts.items())[:4]))
+            if grey := [v.grey for v in volumes if v.grey]:
+                median, low, high = np.median(grey, axis=0)
+                lines.append(f"  {'grey':8s}median {median:.4g}, 1st to 99th percentile {low:.4g} to {high:.4g}")
             for c in CARTILAGES:
                 ml = [v.volumes_ml[c] for v in volumes if c in v.volumes_ml]
                 words = f"{np.mean(ml):.1f} ml ({min(ml):.1f} to {max(ml):.1f}) in {len(ml)}" if ml else "not labelled"
@@ -140,7 +166,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder that holds one folder per site.")
     if readers.layout(folder) not in (None, "dicom"):
-        return {folder.resolve().name: folder}
+        return {cohorts.printable(folder.resolve().name): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and readers.layout(p)]
     if not inside and readers.layout(folder):
         inside = [folder]
@@ -148,7 +174,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
         raise VolumeError(
             f"{folder}: no site in it. Make one folder per site with imagesTr and labelsTr, or an unpacked set."
         )
-    return {path.resolve().name: path for path in inside}
+    return {cohorts.printable(path.resolve().name): path for path in inside}
 
 
 def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
@@ -156,9 +182,11 @@ def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
 
     Errors: what cannot be read, no spacing or orientation, unknown label values, labels without or on another grid than
     their image, empty labels, a femur below its tibia or before its patella, one person in two splits or sites, one
-    content twice, too few labelled people for the splits, label maps without images. Warnings: implausible spacing,
-    intensities or volumes, a class that is said to be labelled and is nowhere, a client without labels, volumes that
-    were held out but cannot be scored, a folder that is no site.
+    content twice (also stored in another order or type), cartilage beyond any knee's, too few labelled people for the
+    splits, label maps without images. Warnings: implausible spacing, intensities or volumes, a class that is said to be
+    labelled and is nowhere, or the other way round, one label under the images of two people, names that differ in
+    visit or side and count as several people, a client without labels, volumes that were held out but cannot be scored,
+    files that are not read, a folder that is no site.
 
     Args:
         progress: called with the name of each file.
@@ -180,7 +208,7 @@ def _begin(report: Report, folder: str | Path) -> dict[str, Path]:
     for path in sorted(Path(folder).iterdir()) if Path(folder) not in found.values() else []:
         if path.is_dir() and path not in found.values() and path.name[0] != ".":
             text = f"{path}: in no layout that is known here, so it is left out. Put images in imagesTr."
-            report.findings.append(Finding("warning", text))
+            report.add("warning", text)
     return found
 
 
@@ -191,27 +219,53 @@ def _readings(report: Report, site: str, path: Path) -> list[Reading]:
     try:
         found = readers.read_set(path)
     except (ValueError, OSError) as error:
-        report.findings.append(Finding("error", one_line(error)))
+        report.add("error", one_line(error))
         return []
     if report.layouts[site] in readers.WITHOUT_IMAGES:
         text = f"{path}: label maps without images. Make images for them with `simulate` first."
-        report.findings.append(Finding("error", text))
+        report.add("error", text)
         return found
+    _warn_of_names(report, site, path, found)
     try:
         split_by_person(found, path, 0)
     except VolumeError as error:
-        report.findings.append(Finding("error", str(error)))
+        report.add("error", str(error))
     if held := sum(reading.split in HELD_OUT and not reading.classes for reading in found):
         text = (
             f"{path}: {held} volumes of its own validation or test part have no label. They cannot be scored, and are "
         )
-        report.findings.append(Finding("warning", f"{text}left out of training, too."))
+        report.add("warning", f"{text}left out of training, too.")
     if not any(reading.classes for reading in found) and site != REPOSITORY:
         text = (
             f"{path}: no labels, and `run` refuses a client without any. Draw some, or leave the folder out of `run`."
         )
-        report.findings.append(Finding("warning", text))
+        report.add("warning", text)
     return found
+
+
+def _warn_of_names(report: Report, site: str, path: Path, found: Sequence[Reading]) -> None:
+    """What the names of a site's files show: visits that count as people, files that are not read, odd characters."""
+    seen: dict[str, Reading] = {}
+    pairs = []
+    for reading in found:
+        person = VISIT_OR_SIDE.sub("", reading.name)
+        other = seen.setdefault(person, reading)
+        told = cohorts.is_named(reading.subject) and cohorts.is_named(other.subject)
+        if person and other.subject != reading.subject and not told:
+            pairs.append(f"{other.name} and {reading.name}")
+    if pairs:
+        text = f"{path}: {pairs[0]} look like visits or sides of one person, but count as two people"
+        more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
+        report.add("warning", f"{text}{more}. Say in `subjects` of dataset.json who is who.")
+    others = cohorts.passed_over(path) if report.layouts[site] in OPENED else []
+    if others:
+        names = ", ".join([str(other.relative_to(path)) for other in others[:3]] + [".."] * (len(others) > 3))
+        text = f"{path}: not read, since their names do not end in .nii or .nii.gz in small letters: {names}"
+        report.add("warning", f"{text} ({len(others)} in all). Convert or rename them, or move them away.")
+    for reading in found:
+        if (name := reading.path.name) != cohorts.printable(name):
+            text = "characters in its name that are no UTF-8 or cannot be printed"
+            report.add("warning", f"{reading.path}: {text}, so it is called {reading.name} here. Rename it.")
 
 
 def load_checked(reading: Reading) -> Loaded:
@@ -252,7 +306,7 @@ def _inspect(report: Report, site: str, reading: Reading, progress: Progress | N
     try:
         image, label, affine = load_checked(reading)
     except (VolumeError, FileNotFoundError) as error:
-        report.findings.append(Finding("error", str(error)))
+        report.add("error", str(error))
         return None
     spacing = transforms.voxel_sizes_mm(affine)
     array = image if image is not None else label
@@ -262,15 +316,24 @@ def _inspect(report: Report, site: str, reading: Reading, progress: Progress | N
         warnings.append(f"voxels of {by_axis(spacing)} mm are unusual for a knee; check the unit in the header.")
     if image is not None:
         warnings += _intensity_warnings(image)
-    voxel_ml = float(np.prod(spacing)) / 1000
+    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     volumes = {c: float(np.count_nonzero(label == c)) * voxel_ml for c in reading.classes if label is not None}
+    absurd = []
     for c, ml in volumes.items():
         low, high = PLAUSIBLE_ML[c]
         if ml == 0:
             warnings.append(f"says that {CLASS_NAMES[c]} cartilage is labelled, but has none; see labelled_classes.")
+        elif ml > ABSURD * high:
+            absurd.append(f"{ml:.0f} ml of {CLASS_NAMES[c]}")
         elif not low <= ml <= high:
             warnings.append(f"{ml:.1f} ml of {CLASS_NAMES[c]} cartilage; adults have {low:g} to {high:g} ml.")
-    content = hashlib.sha256(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+    if absurd:
+        text = f"{', '.join(absurd)} cartilage, far more than any knee has. Check spacing and classes of the label."
+        report.add("error", f"{reading.path}: {text}")
+    for c in set(CARTILAGES) - volumes.keys() if label is not None else ():
+        if np.any(label == c):
+            text = f"has {CLASS_NAMES[c]} cartilage, which its site does not name as labelled: it is not learned from."
+            warnings.append(f"{text} See labels and labelled_classes in dataset.json.")
     facts = VolumeFacts(
         reading.subject,
         reading.split,
@@ -278,17 +341,40 @@ def _inspect(report: Report, site: str, reading: Reading, progress: Progress | N
         spacing,
         "".join(nib.aff2axcodes(affine)),
         volumes,
-        content,
+        () if image is None else tuple(float(x) for x in np.percentile(_some(image), (50, 1, 99))),
+        _hash(array),
+        _pattern(array, affine),
+        "" if label is None else _hash(transforms.to_ras(label, affine)[0]),
         reading.path,
     )
     report.facts[site].append(facts)
-    report.findings += [Finding("warning", f"{reading.path}: {text}") for text in warnings]
+    for text in warnings:
+        report.add("warning", f"{reading.path}: {text}")
     return image, label, affine
+
+
+def _hash(array: NDArray[np.generic]) -> str:
+    """A hash of shape and voxels, the same for every type that they are stored in."""
+    values = np.ascontiguousarray(array, dtype=np.float32) + np.float32(0)  # -0 becomes 0
+    return hashlib.sha256(f"{array.shape}".encode() + values.tobytes()).hexdigest()
+
+
+def _pattern(array: NDArray[np.generic], affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of 4 x 4 x 4 blocks in RAS order, z-scored, (64,): the same however a volume is stored or scaled."""
+    turned = torch.from_numpy(transforms.to_ras(array, affine)[0].astype(np.float64))
+    blocks = torch.nn.functional.adaptive_avg_pool3d(turned[None], 4)[0]
+    means = (blocks - blocks.mean()) / blocks.std().clamp(min=1e-6)
+    return means.flatten().numpy()
+
+
+def _some(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """About 200,000 voxels of an image, evenly spread."""
+    return image.ravel()[:: max(image.size // 200_000, 1)]
 
 
 def _intensity_warnings(image: NDArray[np.float32]) -> list[str]:
     out = []
-    some = image.ravel()[:: max(image.size // 200_000, 1)]
+    some = _some(image)
     if len(np.unique(some)) < LEAST_GREY_LEVELS:
         out.append(f"only {len(np.unique(some))} grey levels; is it a label map?")
     if (some < 0).mean() > 0.02:
@@ -301,26 +387,37 @@ def _intensity_warnings(image: NDArray[np.float32]) -> list[str]:
     return out
 
 
+def _same_image(one: VolumeFacts, other: VolumeFacts) -> bool:
+    """Whether two volumes hold one image: the same voxels, also in another order, type or scale."""
+    alike = sorted(one.shape) == sorted(other.shape) and np.abs(one.pattern - other.pattern).max() < SAME_PATTERN
+    return one.content == other.content or bool(alike)
+
+
 def _compare(report: Report) -> None:
-    """What only several volumes together show: copies, and people in two places."""
-    contents: dict[str, str] = {}
+    """What only several volumes together show: copies, copied labels, and people in two places."""
+    before: list[VolumeFacts] = []
+    labels: dict[str, VolumeFacts] = {}
     people: dict[str, tuple[str, str]] = {}
     for site, volumes in report.facts.items():
         for volume in volumes:
             here = f"{site} {volume.split or 'volumes'}"
-            if volume.content in contents:
-                text = f"{volume.path}: the same voxels as {contents[volume.content]}. Keep one of them."
-                report.findings.append(Finding("error", text))
-            contents.setdefault(volume.content, str(volume.path))
+            twin = next((other for other in before if _same_image(volume, other)), None)
+            if twin is not None:
+                report.add("error", f"{volume.path}: the same image as {twin.path}. Keep one of them.")
+            before.append(volume)
+            drawn = labels.setdefault(volume.drawn, volume) if volume.drawn else volume
+            if twin is None and drawn.subject != volume.subject:
+                text = f"{volume.path}: its label is that of {drawn.path}, voxel by voxel, but the image is another one"
+                report.add("warning", f"{text}. Was it copied to the wrong name?")
             there, other = people.setdefault(volume.subject, (here, str(volume.path)))
             if there != here:
                 text = f"{volume.path}: the same person as {other} ({here}, {there}). Keep people in one split."
-                report.findings.append(Finding("error", text))
+                report.add("error", text)
         sizes = np.array([volume.spacing_mm for volume in volumes])
         if len(sizes) and (np.sort(sizes, axis=1).max(axis=0) / np.sort(sizes, axis=1).min(axis=0)).max() > 3:
-            report.findings.append(
-                Finding("warning", f"{site}: voxel sizes differ more than threefold; several protocols?")
-            )
+            report.add("warning", f"{site}: voxel sizes differ more than threefold; several protocols?")
+    if told := readers.maybe_shared(report.layouts):
+        report.add("warning", told)
 
 
 # --- preparing ------------------------------------------------------------
@@ -492,7 +589,7 @@ def _on_grid(
             else:
                 why = "no network looked for the joint" if find is None else "the network sees no cartilage in it"
                 text = f"{reading.path}: larger than the common grid, and {why}: cut round its middle. Look at it."
-                report.findings.append(Finding("warning", text))
+                report.add("warning", text)
         grid, grid_affine = transforms.to_grid(image, affine, spacing, shape, centre_mm=place)
         drawn = None
         if label is not None:
@@ -500,7 +597,7 @@ def _on_grid(
                 text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid"
                 if lost > MOST_OUTSIDE:
                     raise VolumeError(f"{text}. Is all of the label cartilage, and the spacing in the header right?")
-                report.findings.append(Finding("warning", f"{text}, and is cut off."))
+                report.add("warning", f"{text}, and is cut off.")
             drawn = transforms.label_to_grid(label, affine, spacing, shape, place).numpy().astype(np.uint8)
         crop = None
         if (extent > held + spacing).any():

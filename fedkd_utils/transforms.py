@@ -26,6 +26,12 @@ from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
 #: How far the corner of a label may lie from that of its image: headers round.
 SAME_PLACE_MM = 0.1
 
+#: How far two axes of a volume may be from a right angle: headers round, and scanners do not shear.
+RIGHT_ANGLE_DEGREES = 1.0
+
+#: How far apart the two places that a NIfTI header may give, its qform and its sform, may put a corner: headers round.
+TWO_PLACES_MM = 1.0
+
 
 class VolumeError(ValueError):
     """A volume that cannot be used; the message names the file, the fault and the remedy."""
@@ -50,15 +56,23 @@ def read_volume(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float
 
     Raises:
         FileNotFoundError: there is no such file.
-        VolumeError: damaged or of wrong checksum, no spacing or orientation in the header, not three-dimensional,
-            colour or complex, NaN or infinite voxels, singular affine; one line.
+        VolumeError: damaged or of wrong checksum, no spacing or orientation in the header, a qform and an sform that
+            disagree, not three-dimensional, colour or complex, NaN or infinite voxels, singular or sheared affine; one
+            line.
     """
     voxels, affine, _ = read_nifti(path)
     return voxels, affine
 
 
-def read_nifti(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64], nib.Nifti1Header]:
-    """:func:`read_volume`, and the header as it is on disk. The one place where a NIfTI volume is read."""
+def read_nifti(
+    path: str | Path, *, by_qform: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.float64], nib.Nifti1Header]:
+    """:func:`read_volume`, and the header as it is on disk. The one place where a NIfTI volume is read.
+
+    Args:
+        by_qform: where the header has a qform, the volume lies there, whatever the sform says. Otherwise the two must
+            agree.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -77,19 +91,24 @@ def read_nifti(path: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float6
         if len(content) < needed:  # before room is made for what a damaged header claims
             raise ValueError(f"{len(content)} bytes instead of {needed}")
         raw = np.asanyarray(image.dataobj)
+        qform = image.header.get_qform() if int(header["qform_code"]) > 0 else None
     except VolumeError:
         raise
     except Exception as error:  # nibabel, gzip and zlib raise many kinds for a damaged file
         raise VolumeError(
             f"{path}: damaged or not a NIfTI file ({one_line(error)}). Copy or export it again."
         ) from error
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = np.asarray(qform if by_qform and qform is not None else image.affine, dtype=np.float64)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or sizes.min() <= 1e-3 or abs(np.linalg.det(affine[:3, :3] / sizes)) < 0.1:
         raise VolumeError(
             f"{path}: the affine is singular (voxel sizes {by_axis(sizes)} mm). Repair the header's sform/qform."
         )
-    return checked_voxels(raw, path), affine, header
+    refuse_sheared(affine, path)
+    voxels = checked_voxels(raw, path)
+    if qform is not None and not by_qform:
+        _refuse_two_places(voxels.shape, affine, qform, path)
+    return voxels, affine, header
 
 
 def checked_voxels(raw: NDArray[Any], path: Path) -> NDArray[np.float32]:
@@ -111,6 +130,40 @@ def checked_voxels(raw: NDArray[Any], path: Path) -> NDArray[np.float32]:
             f"{path}: {int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite. Mask or export again."
         )
     return voxels
+
+
+def refuse_sheared(affine: NDArray[np.float64], path: Path) -> None:
+    """Refuse axes that do not meet at right angles: nothing here resamples along sheared ones.
+
+    Raises:
+        VolumeError: two axes are further than :data:`RIGHT_ANGLE_DEGREES` from a right angle.
+    """
+    along = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    off = math.degrees(math.asin(min(float(np.abs(along.T @ along - np.eye(3)).max()), 1.0)))
+    if off > RIGHT_ANGLE_DEGREES:
+        raise VolumeError(
+            f"{path}: the affine is sheared (two of its axes meet at {90 - off:.0f} degrees, not at 90). Resample the "
+            "volume to a grid with right angles, or convert the original series again."
+        )
+
+
+def _refuse_two_places(
+    shape: tuple[int, ...], affine: NDArray[np.float64], qform: NDArray[np.float64], path: Path
+) -> None:
+    """Refuse a header whose qform puts the volume elsewhere than its affine, which is the sform if there is one."""
+    apart = _apart_mm(shape, affine, qform)
+    if not apart <= TWO_PLACES_MM:
+        raise VolumeError(
+            f"{path}: the qform and the sform of its header disagree by up to {apart:.3g} mm. Find out which is right, "
+            "and overwrite the other with it (in nibabel: image.set_qform(image.get_sform()), or the reverse)."
+        )
+
+
+def _apart_mm(shape: Sequence[int], one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """How far two affines put a corner of a volume from each other, at most."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(len(shape), -1).T
+    places = [nib.affines.apply_affine(affine, corners) for affine in (one, other)]
+    return float(np.linalg.norm(places[0] - places[1], axis=1).max())
 
 
 def _check_header(header: nib.Nifti1Header, path: Path) -> None:
@@ -153,9 +206,7 @@ def refuse_other_grid(
             f"{label_path}: another grid than its image {image_path}: shape {tuple(label[0])}, but the image has "
             f"{tuple(image[0])}. Pair the right files."
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image[0]])).reshape(3, -1).T
-    places = [nib.affines.apply_affine(affine, corners) for _, affine in (label, image)]
-    apart = float(np.linalg.norm(places[0] - places[1], axis=1).max())
+    apart = _apart_mm(image[0], label[1], image[1])
     if not apart < SAME_PLACE_MM:
         raise VolumeError(
             f"{label_path}: another grid than its image {image_path}: up to {apart:.3g} mm away from it. Pair the "

@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from fedkd_utils import acquisition, cohorts
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
@@ -439,7 +442,72 @@ def test_dataset_json_may_name_validation_subjects_and_classes(own: Path) -> Non
 def test_nnunet_v2_dataset_json_opens(own: Path) -> None:
     facts = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "FC": 1}, "numTraining": 2}
     (own / "dataset.json").write_text(json.dumps({**facts, "file_ending": ".nii.gz"}))
-    assert len(cohorts.open_site(own).training) == 2
+    site = cohorts.open_site(own)
+    assert len(site.training) == 2 and {item.labelled_classes for item in site.items} == {(1,)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ({"background": 0, "femoral cartilage": 1, "tibial cartilage": 2}, (1, 2)),
+        ({"0": "background", "1": "Femoral_Cartilage", "2": "TIBIA", "3": "patella cartilage"}, (1, 2, 3)),
+        ({"0": "background", "1": "femoral", "2": "tibial", "3": "patellar"}, (1, 2, 3)),  # as made cohorts have it
+        ({"Clear Label": 0, "PatellarCartilage": 3}, (3,)),
+        ({"background": "0", "FC": "1"}, (1,)),
+    ],
+)
+def test_what_labels_does_not_name_is_not_labelled(own: Path, labels: object, classes: tuple[int, ...]) -> None:
+    (own / "dataset.json").write_text(json.dumps({"labels": labels}))
+    assert {item.labelled_classes for item in cohorts.open_site(own).items} == {classes}
+    (own / "dataset.json").write_text(json.dumps({"labels": labels, "labelled_classes": {"a": classes[:1]}}))
+    site = cohorts.open_site(own)
+    assert [item.labelled_classes for item in site.training] == [classes[:1], classes]  # what is said of a file wins
+
+
+def test_the_values_of_oaizib_cm_are_its_readers_business(own: Path) -> None:
+    facts = {"labels": {"background": 0, "femur": 1, "femoral cartilage": 2, "tibia": 3, "medial tibial cartilage": 4}}
+    (own / "dataset.json").write_text(json.dumps(facts))
+    with pytest.raises(CohortError, match="femoral cartilage twice"):
+        cohorts.open_site(own)
+    volume(own / "imagesTr" / "oaizib_001_0000.nii.gz")
+    assert len(cohorts.open_site(own).items) == 5
+
+
+def test_subjects_may_be_pseudonyms(own: Path) -> None:
+    facts = {"subjects": {"a": "P-17", "b": " P-17 ", "c": "Ä\ud800", "d": "9001104"}}
+    (own / "dataset.json").write_text(json.dumps(facts))
+    a, b, c, d = (item.subject for item in cohorts.open_site(own).items)
+    assert a == b == cohorts.number_of("P-17") and c == cohorts.number_of("Ä\ud800") and d == 9001104
+    assert all(cohorts.is_named(str(number)) for number in (a, b, c, d))
+    (own / "dataset.json").unlink()
+    assert not any(cohorts.is_named(str(item.subject)) for item in cohorts.open_site(own).items)
+
+
+@pytest.mark.parametrize("extra", [["a_0001"], ["c_0001"], ["e_0001"], ["e_0002", "e_0001"]])
+def test_a_second_channel_is_not_another_person(own: Path, extra: list[str]) -> None:
+    """Beside the first channel of a labelled or unlabelled volume, or without it."""
+    for name in extra:
+        volume(own / "imagesTr" / f"{name}.nii.gz")
+    with pytest.raises(
+        CohortError, match=f"{sorted(extra)[0]}.nii.gz: one of several channels of {extra[0][0]}, .*_0000"
+    ):
+        cohorts.open_site(own)
+
+
+def test_a_labelled_volume_with_its_second_channel_alone_is_refused_as_that(tmp_path: Path) -> None:
+    volume(tmp_path / "imagesTr" / "a_0001.nii.gz")
+    volume(tmp_path / "labelsTr" / "a.nii.gz")
+    with pytest.raises(CohortError, match="one of several channels of a, "):
+        cohorts.open_site(tmp_path)
+
+
+def test_knees_with_numbers_of_four_digits_are_no_channels(tmp_path: Path) -> None:
+    for name in ("knee_0000", "knee_0001", "knee_0002"):
+        volume(tmp_path / "imagesTr" / f"{name}.nii.gz")
+    for name in ("knee_0000", "knee_0001"):
+        volume(tmp_path / "labelsTr" / f"{name}.nii.gz")
+    site = cohorts.open_site(tmp_path)
+    assert (len(site.training), len(site.unlabelled)) == (2, 1)
 
 
 def test_two_hospitals_with_the_same_file_names_are_not_one_subject(own: Path, tmp_path: Path) -> None:
@@ -504,8 +572,30 @@ def test_site_without_any_volume_is_refused(tmp_path: Path) -> None:
         ({"labelled_classes": {"a": ["femural"]}}, "labelled_classes must be a list of numbers"),
         ({"labelled_classes": {"a": [1, 2, 5]}}, r"labelled_classes is \[1, 2, 5\]"),
         ({"subjects": {"patient_a.nii.gz": 1}}, "subjects names patient_a, but no image is called so"),
-        ({"subjects": {"a.nii.gz": "P1"}}, "subjects file name -> number"),
-        ({"subjects": ["a.nii.gz"]}, "subjects file name -> number"),
+        ({"subjects": {"a.nii.gz": 1.5}}, "subjects must be file name -> number or pseudonym, but holds 1.5"),
+        ({"subjects": {"a.nii.gz": " "}}, "subjects must be file name -> number or pseudonym"),
+        ({"subjects": ["a.nii.gz"]}, "subjects must be file name -> number or pseudonym"),
+        ({"subjects": None}, "subjects must be file name -> number or pseudonym, but holds null"),
+        ({"test": None}, "test holds null"),
+        ({"validation": None}, "validation holds null"),
+        ({"training": 5}, "training holds 5. Make it a list"),
+        ({"training": [1, 2]}, "training holds 1. Make it a list"),
+        ({"training": [{"label": None}]}, "training holds"),
+        ({"training": ["x" * 5000]}, "which is not there"),
+        ({"labels": 3}, "labels is 3. Make it name -> number"),
+        ({"labels": None}, "labels is null"),
+        ({"labels": {"femoral": True}}, "Make it name -> number"),
+        ({"labels": {"cartilage": [1, 2]}}, "Make it name -> number"),
+        ({"labels": {"background": 0}}, "without a cartilage"),
+        ({"labels": {"femoral": 2, "tibial": 1}}, r"In all label files change 2 to 1 \(femoral\), 1 to 2 \(tibial\)"),
+        ({"labels": {"1": "patellar", "2": "femoral"}}, r"change 2 to 1 \(femoral\), 1 to 3 \(patellar\)"),
+        ({"labels": {"femoral": 1, "meniscus": 4}}, r'names "meniscus" \(4\), which is no class here. Set its voxels'),
+        ({"labels": {"femoral bone": 1}}, r'names "femoral bone" \(1\), which is no class'),
+        ({"labels": {"1": "tibia", "2": "tibial cartilage"}}, "names tibial cartilage twice"),
+        ({"labels": {"femoral": 1, "tibial": 2}, "labelled_classes": [1, 3]}, r"but labels names only \[1, 2\]"),
+        ({"labels": {"femoral": 1}, "labelled_classes": {"a": [1, 2]}}, r"but labels names only \[1\]"),
+        ({"labelled_classes": None}, "must be a list of numbers"),
+        ({"labelled_classes": ["1"]}, "must be a list of numbers"),
         ([], "no JSON object"),
         (None, "not readable as JSON"),
     ],
@@ -515,6 +605,75 @@ def test_bad_dataset_json_is_refused_by_name(own: Path, facts: object, words: st
     with pytest.raises(CohortError, match=words) as caught:
         cohorts.open_site(own)
     assert "dataset.json" in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.sampled_from("abcd0123"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+KEYS = (*SPLITS, "labels", "labelled_classes", "subjects", "name", "description", "provenance")
+
+
+@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1))
+@example({"training": ["\ud800"], "subjects": {"\n\ud800": "\udcff"}})
+@example({"subjects": {"a": "9" * 5000}, "test": ["."]})
+def test_any_dataset_json_opens_or_is_refused_in_one_line_that_names_it(own: Path, facts: dict[str, object]) -> None:
+    described = own / "dataset.json"
+    described.write_text(json.dumps(facts))
+    try:
+        site = cohorts.open_site(own)
+    except CohortError as error:
+        assert str(error).startswith(f"{described}: ") and str(error).isprintable()
+    else:
+        assert len(site.items) == 4 and all(type(item.subject) is int for item in site.items)
+        assert all(0 < len(item.labelled_classes) <= 3 for item in site.items) and cohorts.scanner_title(site)
+
+
+def test_a_dataset_json_of_a_thousand_brackets_is_refused(own: Path) -> None:
+    (own / "dataset.json").write_text("[" * 100_000)
+    with pytest.raises(CohortError, match="dataset.json: not readable as JSON"):
+        cohorts.open_site(own)
+
+
+@pytest.mark.parametrize("part", ["imagesTr", "labelsTr"])
+@pytest.mark.parametrize(
+    ("put", "words"),
+    [
+        (lambda path: path.mkdir(), "a folder, though called like a file. Put the file in its place"),
+        (lambda path: path.symlink_to(path.name), "a link to c.nii.gz, where no file is. Put the file itself"),
+        (lambda path: path.symlink_to("gone.nii.gz"), "a link to gone.nii.gz, where no file is"),
+        (os.mkfifo, "neither a file nor a link to one"),
+    ],
+)
+def test_what_is_called_like_a_volume_and_is_none_is_refused(own: Path, part: str, put, words: str) -> None:  # type: ignore[no-untyped-def]
+    (own / "imagesTr" / "c_0000.nii.gz").unlink()
+    path = own / part / "c.nii.gz"
+    put(path)
+    with pytest.raises(CohortError, match=f"{path}: {words}"):
+        cohorts.open_site(own)
+
+
+def test_other_formats_are_listed_and_notes_are_not(own: Path) -> None:
+    assert cohorts.passed_over(own) == []
+    for name in ("e.nrrd", "f.mgz", "g.NII.GZ", "a.json", "README.txt", ".hidden.mgz"):
+        (own / "imagesTr" / name).write_bytes(b"")
+    (own / "labelsTs" / "patient").mkdir()
+    assert [path.name for path in cohorts.passed_over(own)] == ["e.nrrd", "f.mgz", "g.NII.GZ", "patient"]
+    for half in ("imagesTr", "imagesTs"):
+        for path in (own / half).glob("*.nii.gz"):
+            path.unlink()
+    with pytest.raises(CohortError, match=r"no volume in imagesTr \(not read: e.nrrd, f.mgz, g.NII.GZ\)"):
+        cohorts.open_site(own)
+
+
+def test_names_that_are_no_utf_8_open_and_can_be_printed(own: Path) -> None:
+    os.rename(own / "imagesTr" / "c_0000.nii.gz", os.fsencode(own / "imagesTr") + b"/c\xff_0000.nii.gz")
+    site = cohorts.open_site(own)
+    assert [item.name for item in site.unlabelled] == [r"c\udcff"] and site.unlabelled[0].image.is_file()
 
 
 def test_label_without_image_and_doubled_volumes_are_refused(own: Path) -> None:

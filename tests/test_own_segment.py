@@ -15,8 +15,10 @@ import torch
 from test_readers import sagittal_series
 from test_segment import SMALL, bright, knee_like, save
 
-from fedkd_utils import readers, segment
+from fedkd_utils import acquisition, anatomy, networks, readers, segment, training, transforms
+from fedkd_utils.acquisition import SCANNERS, Scan
 from fedkd_utils.calibration import sheet_thickness_mm
+from fedkd_utils.settings import QUICK
 
 # --- thickness ------------------------------------------------------------
 
@@ -141,6 +143,60 @@ def test_the_joint_has_a_place_in_the_world(order: str) -> None:
     assert segment.locate_joint(np.asarray(stored.dataobj), stored.affine, lambda x: bright(x - 99), SMALL) is None
 
 
+COARSE = dataclasses.replace(QUICK, grid_shape=(12, 32, 32), grid_spacing_mm=(6.0, 2.4, 2.4), channels=(8, 16, 32))
+
+
+def scanned(subject: int, shape: tuple[int, int, int], offset_mm: tuple[float, float, float] = (0, 0, 0)) -> Scan:
+    """A made knee on voxels of the coarse grid, in a field of view of any size and place."""
+    scanner = dataclasses.replace(SCANNERS["pd_fs"], shape=shape, spacing_mm=COARSE.grid_spacing_mm)
+    rng, sequence, pose = acquisition.begin_scan(subject, scanner, 1)
+    x, y, z = np.add(pose.offset_mm, offset_mm)
+    knee = anatomy.draw_knee(subject)
+    tissue = anatomy.tissue_map(
+        knee, *acquisition.fine_lattice(scanner), anatomy.Pose(pose.angles_deg, (float(x), float(y), float(z)))
+    )
+    return acquisition.scan_tissue(tissue, scanner, subject, knee.side, sequence, rng)
+
+
+@pytest.fixture(scope="module")
+def trained() -> networks.TappedNetwork:
+    """A small network that has seen six knees, each in the middle of its view, for some seconds."""
+    grid = (COARSE.grid_spacing_mm, COARSE.grid_shape)
+    knees = [scanned(subject, COARSE.grid_shape) for subject in range(6)]
+    images = torch.stack([transforms.z_score(transforms.to_grid(k.image, k.affine, *grid)[0])[None] for k in knees])
+    labels = torch.stack([transforms.label_to_grid(k.label, k.affine, *grid) for k in knees])
+    network = networks.build_network(COARSE, 0)
+    training.train_supervised(
+        network, images, labels, steps=150, batch=2, learning_rate=1e-2, weight_decay=1e-4, seed=0
+    )
+    return network
+
+
+@pytest.mark.parametrize(
+    ("subject", "shape", "offset_mm"),
+    [
+        (40, (12, 48, 80), (0, 0, 0)),
+        (41, (12, 48, 80), (0, 20, 60)),
+        (42, (12, 48, 80), (0, -20, -55)),
+        (43, (22, 32, 60), (25, 0, 30)),
+    ],
+)
+def test_a_trained_network_finds_the_joint_in_a_wide_view(
+    trained: networks.TappedNetwork, subject: int, shape: tuple[int, int, int], offset_mm: tuple[float, float, float]
+) -> None:
+    knee = scanned(subject, shape, offset_mm)
+    drawn = np.argwhere(knee.label)
+    places = nib.affines.apply_affine(knee.affine, drawn)
+    truth = nib.affines.apply_affine(knee.affine, (drawn.min(axis=0) + drawn.max(axis=0)) / 2)
+    middle = nib.affines.apply_affine(knee.affine, (np.array(knee.image.shape) - 1) / 2)
+    found = segment.locate_joint(knee.image, knee.affine, trained, COARSE)
+    assert found is not None and np.linalg.norm(found - truth) < 20
+    if any(offset_mm):
+        assert np.linalg.norm(middle - truth) > 30  # the middle of the view would have been wrong
+    half = np.multiply(COARSE.grid_shape, COARSE.grid_spacing_mm) / 2
+    assert (np.abs(places - found) < half).all(axis=1).mean() > 0.8  # of the cartilage, in a grid round the place
+
+
 def test_a_narrow_view_is_looked_at_once(tmp_path: Path) -> None:
     path = save(tmp_path / "a.nii", knee_like())
     wide = dataclasses.replace(SMALL, grid_shape=(16, 32, 32))
@@ -152,7 +208,7 @@ def test_a_narrow_view_is_looked_at_once(tmp_path: Path) -> None:
 # --- full size ------------------------------------------------------------
 
 FULL_SIZE = """
-import resource, sys, time
+import resource, sys
 import nibabel as nib, numpy as np
 from fedkd_utils import anatomy, networks, segment
 from fedkd_utils.settings import PAPER
@@ -160,17 +216,16 @@ path, out = sys.argv[1:]
 tissue = anatomy.tissue_map(anatomy.draw_knee(1), (160, 384, 384), (0.7, 0.365, 0.365))
 image = (60.0 * tissue + np.random.default_rng(0).normal(100, 10, tissue.shape)).astype(np.int16)
 nib.save(nib.Nifti1Image(image, np.diag([0.7, 0.365, 0.365, 1])), path)
-network, start = networks.build_network(PAPER, 0).eval(), time.process_time()
+network = networks.build_network(PAPER, 0).eval()
 result = segment.segment_volume(path, network, PAPER, out, locate=True, progress=True)
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *result.label.shape)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, *result.label.shape)
 """
 
 
-def test_a_full_size_volume_takes_two_cores_a_minute_and_8_gb(tmp_path: Path) -> None:
-    """The paper's network in sliding windows over 160 x 384 x 384 voxels; CPU seconds, as other processes may run."""
+def test_a_full_size_volume_takes_less_than_8_gb_and_shows_how_far_it_is(tmp_path: Path) -> None:
+    """The paper's network in sliding windows over 160 x 384 x 384 voxels. Seconds are for the benchmark to measure."""
     command = [sys.executable, "-c", FULL_SIZE, str(tmp_path / "knee.nii.gz"), str(tmp_path / "label.nii.gz")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    cpu_seconds, peak_bytes, *shape = map(float, done.stdout.split())
-    assert shape == [160, 384, 384]
-    assert cpu_seconds < 2 * 60 and peak_bytes < 8e9
+    peak_bytes, *shape = map(float, done.stdout.split())
+    assert shape == [160, 384, 384] and peak_bytes < 8e9
     assert "100%" in done.stderr  # the windows as they are done

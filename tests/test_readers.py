@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -44,8 +45,18 @@ def metaimage(path: Path, array: np.ndarray, spacing=(0.39, 0.39, 1.0), origin=(
     return path
 
 
-def sagittal_series(folder: Path, volume: np.ndarray, spacing=(0.36, 0.36, 0.7), uid: str | None = None) -> Path:  # type: ignore[no-untyped-def]
-    """(columns, rows, slices): columns run posterior, rows down, slices to the right; file names say nothing."""
+def sagittal_series(  # type: ignore[no-untyped-def]
+    folder: Path,
+    volume: np.ndarray,
+    spacing=(0.36, 0.36, 0.7),
+    uid: str | None = None,
+    patient: str | None = None,
+    aside: float = 0.0,
+) -> Path:
+    """(columns, rows, slices): columns run posterior, rows down, slices to the right; file names say nothing.
+
+    Every series is of a patient of its own unless one is named; ``aside``: mm by which a slice lies off the last one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     series, frame = uid or generate_uid(), generate_uid()
     order = RNG.permutation(volume.shape[2])
@@ -56,10 +67,10 @@ def sagittal_series(folder: Path, volume: np.ndarray, spacing=(0.36, 0.36, 0.7),
         d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = MRImageStorage
         d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = generate_uid()
         d.SeriesInstanceUID, d.StudyInstanceUID, d.FrameOfReferenceUID = series, frame, frame
-        d.Modality, d.PatientID, d.PatientName = "MR", "x", "Nobody"
+        d.Modality, d.PatientID, d.PatientName = "MR", series[-30:] if patient is None else patient, "Nobody"
         d.InstanceNumber = int(order[k]) + 1
         d.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
-        d.ImagePositionPatient = [10 - spacing[2] * k, -20.0, 30.0]
+        d.ImagePositionPatient = [10 - spacing[2] * k, -20.0 + aside * k, 30.0]
         d.PixelSpacing, d.SliceThickness = [spacing[1], spacing[0]], spacing[2]
         d.Columns, d.Rows = volume.shape[:2]
         d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
@@ -119,6 +130,26 @@ def test_a_missing_or_doubled_slice_and_several_series_are_refused(tmp_path: Pat
         readers.read_dicom(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         readers.read_dicom(tmp_path / "nowhere")
+
+
+def test_slices_that_slide_aside_are_refused(tmp_path: Path) -> None:
+    volume = grey((7, 6, 5))
+    with pytest.raises(VolumeError, match="leaning: its slices .* but 0.8 mm aside: the stack is sheared"):
+        readers.read_dicom(sagittal_series(tmp_path / "leaning", volume, aside=0.2))
+    readers.read_dicom(sagittal_series(tmp_path / "rounded", volume, aside=0.001))
+
+
+def test_series_of_one_patient_are_one_person_whose_id_is_shown_nowhere(tmp_path: Path) -> None:
+    for name, patient in (("a/dess", "MRN 7731"), ("a/pd", "MRN 7731 "), ("b", "MRN 7732"), ("c", ""), ("d", "")):
+        sagittal_series(tmp_path / "scans" / name, grey((7, 6, 5)), patient=patient)
+    sagittal_series(tmp_path / "elsewhere" / "a", grey((7, 6, 5)), patient="MRN 7731")
+    found = readers.read_set(tmp_path / "scans")
+    people = {reading.name: reading.subject for reading in found}
+    assert people["a_dess"] == people["a_pd"] and len(set(people.values())) == 4
+    (other,) = readers.read_set(tmp_path / "elsewhere")
+    assert other.subject not in people.values()  # two hospitals count their patients apart
+    shown = " ".join(f"{reading.name} {reading.subject}" for reading in (*found, other))
+    assert "MRN" not in shown and "7731" not in shown
 
 
 # --- sets ------------------------------------------------------------
@@ -192,7 +223,8 @@ def test_skm_tea_has_the_patella_first_and_some_slices_from_right_to_left(tmp_pa
     notes = tmp_path / "v1-release/annotations/v1.0.0"
     notes.mkdir(parents=True)
     (notes / "train.json").write_text(json.dumps({"images": images}))
-    (notes / "test.json").write_text(json.dumps({"images": [{"file_name": "MTR_003.h5"}]}))
+    last = {"file_name": "MTR_003.h5", "subject_id": 3, "orientation": ["SI", "AP", "LR"]}
+    (notes / "test.json").write_text(json.dumps({"images": [last]}))
     assert readers.layout(tmp_path) == "skm_tea"
     found = readers.read_set(tmp_path)
     assert [(r.name, r.split) for r in found] == [("MTR_001", "training"), ("MTR_002", "training"), ("MTR_003", "test")]
@@ -208,6 +240,17 @@ def test_skm_tea_has_the_patella_first_and_some_slices_from_right_to_left(tmp_pa
     (notes / "val.json").write_text("{")
     with pytest.raises(VolumeError, match=r"val\.json: not an annotation file"):
         readers.read_set(tmp_path)
+    (notes / "val.json").write_text(json.dumps({"images": [{"file_name": "MTR_003.h5", "subject_id": 3}]}))
+    with pytest.raises(VolumeError, match=r"val\.json: not an annotation file of SKM-TEA \('orientation'\)"):
+        readers.read_set(tmp_path)
+    (notes / "val.json").unlink()
+    (notes / "test.json").unlink()
+    with pytest.raises(VolumeError, match=r"MTR_003\.h5: not in the set's annotations"):
+        one(readers.read_set(tmp_path), "MTR_003").load()
+    one(readers.read_set(tmp_path), "MTR_001").load()
+    (notes / "train.json").unlink()
+    with pytest.raises(VolumeError, match="annotations: no annotations .* right to left"):
+        readers.read_set(tmp_path)
 
 
 @pytest.mark.parametrize("slices_first", [True, False])
@@ -220,7 +263,8 @@ def test_oai_zib_masks_take_their_pose_from_the_series(tmp_path: Path, slices_fi
     stored = rows[::-1] if slices_first else np.moveaxis(rows, 0, 2)[::-1]
     mask = tmp_path / "segmentation_masks" / "9001104.segmentation_masks.mhd"
     metaimage(mask, stored.T, (1, 1, 1), (0, 0, 0))
-    (tmp_path / "classification").mkdir()
+    coarse = np.array([0, 1, 0, 2, 0], np.uint8)[stored]  # the other folder: the tibia is 2, which is cartilage here
+    metaimage(tmp_path / "classification" / mask.name, coarse.T, (1, 1, 1), (0, 0, 0))
     assert readers.layout(tmp_path) == "oai_zib" and mask.with_suffix(".raw").is_file()
     (reading,) = readers.read_set(tmp_path)
     assert (reading.subject, reading.classes) == ("oai/9001104", (1, 2))
@@ -249,6 +293,11 @@ def test_ski10(tmp_path: Path) -> None:
     voxels, label, affine = first.load()
     assert np.array_equal(voxels, image) and np.array_equal(label, np.array([0, 0, 1, 0, 2])[raw])
     assert first.classes == (1, 2) and second.classes == () and codes(affine) == "LPS"
+    header = (tmp_path / "image-002.mhd").read_text()
+    turned = re.sub("TransformMatrix = .*", "TransformMatrix = 1 0 0 0.6 0.8 0 0 0 1", header)
+    (tmp_path / "image-002.mhd").write_text(turned)
+    with pytest.raises(VolumeError, match=r"image-002\.mhd: the affine is sheared .* at 53 degrees"):
+        second.load()
     assert np.allclose(affine[:3, 3], (-3, 4, 5)) and np.allclose(nib.affines.voxel_sizes(affine), (0.39, 0.39, 1))
     metaimage(tmp_path / "labels-001.mhd", raw, (0.4, 0.42, 1.0))
     with pytest.raises(VolumeError, match="another grid"):
@@ -290,13 +339,43 @@ def test_open_knees_masks_are_cropped_and_serve_every_series(tmp_path: Path) -> 
     assert np.allclose(affine, coarse) and np.array_equal(low, expected[:, :, 1::4])  # alike in each four slices, half
 
 
+@pytest.mark.parametrize("what", ["masks", "masks and image"])
+def test_open_knees_are_aligned_by_qform_whatever_the_sform_says(tmp_path: Path, what: str) -> None:
+    right, wrong = np.diag([-0.35, -0.35, 0.7, 1.0]), np.diag([0.35, 0.35, 0.7, 1.0])
+    right[:3, 3], wrong[:3, 3] = (20, 30, 5), (100, -3, 5)
+    drawn = np.zeros((20, 20, 16), np.uint8)
+    drawn[5:11, 6:10, 5:13] = 1
+
+    def aligned(path: Path, array: np.ndarray, start: tuple[int, ...], sform: np.ndarray) -> None:
+        place, image = right.copy(), nib.Nifti1Image(array, sform)
+        place[:3, 3] = nib.affines.apply_affine(right, start)
+        image.set_qform(place, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(image, path)
+
+    series = tmp_path / "mri/mri-oks003/cartilage.nii"
+    aligned(series, grey(drawn.shape), (0, 0, 0), right if what == "masks" else wrong)
+    aligned(tmp_path / "oks003_FMC_AGS_03.nii", drawn[4:13, 5:11, 3:14], (4, 5, 3), wrong)
+    (reading,) = readers.read_set(tmp_path)
+    _, label, affine = reading.load()
+    assert np.array_equal(label, drawn) and np.allclose(affine, right, atol=1e-5)
+
+
+def test_people_of_one_initiative_may_be_in_two_sets() -> None:
+    told = readers.maybe_shared({"east": "oaizib_cm", "north": "nifti", "west": "oai_zib"})
+    assert told is not None and told.startswith("east, west: all from the Osteoarthritis Initiative")
+    assert readers.maybe_shared({"east": "oaizib_cm", "north": "nifti"}) is None
+    assert readers.maybe_shared({"maps": "oai_queensland", "west": "oai_zib"}) is None  # by number: `check` sees it
+    assert set(readers.FROM_OAI) <= set(readers.READERS)
+
+
 def test_oai_label_maps_without_images(tmp_path: Path) -> None:
     raw = RNG.integers(0, 10, (6, 7, 8)).astype(np.uint8)
-    for visit in ("_00m", "_96m"):
-        nifti(tmp_path / f"9001104{visit}_SAG_3D_DESS_Femur+Tibia+Patella(Cartilage).nii.gz", raw)
+    for visit in ("", "_00m", "_96m"):
+        nifti(tmp_path / f"9001104{visit}_WB01_Femur+Tibia+Patella(Bone)_Femur+Tibia+Patella(Cartilage).nii.gz", raw)
     assert readers.layout(tmp_path) == "oai_queensland"
     found = readers.read_set(tmp_path)
-    assert len(found) == 2 and len({r.subject for r in found}) == 1 and found[0].subject == "oai/9001104"
+    assert len(found) == 3 and len({r.subject for r in found}) == 1 and found[0].subject == "oai/9001104"
     image, label, _ = found[0].load()
     assert image is None and np.array_equal(label, np.array([0, 0, 1, 0, 2, 0, 3, 0, 0, 0])[raw])
 
@@ -356,6 +435,9 @@ def test_every_reader_of_nifti_files_refuses_the_same_headers(tmp_path: Path) ->
     nifti(tmp_path / "b/oks003_FMC_AGS.nii.gz", raw)
     hdf5(tmp_path / "c/image_files/MTR_001.h5", echo1=grey(raw.shape), echo2=grey(raw.shape))
     nifti(tmp_path / "c/segmentation_masks/dicom-track/MTR_001.nii.gz", raw)
+    (tmp_path / "c/annotations/v1.0.0").mkdir(parents=True)
+    known = {"file_name": "MTR_001.h5", "subject_id": 1, "orientation": ["SI", "AP", "LR"]}
+    (tmp_path / "c/annotations/v1.0.0/train.json").write_text(json.dumps({"images": [known]}))
     nifti(tmp_path / "d/9_Cartilage.nii.gz", raw)
     for path in sorted(tmp_path.rglob("*.nii.gz")):
         (reading,) = readers.read_set(tmp_path / path.relative_to(tmp_path).parts[0])

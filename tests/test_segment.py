@@ -8,6 +8,8 @@ import dataclasses
 import gzip
 import itertools
 import math
+import re
+import tempfile
 import warnings
 
 import matplotlib.image
@@ -376,7 +378,7 @@ def test_a_damaged_header_is_read_or_refused_but_never_crashes(tmp_path, changes
 
 def test_the_written_file_has_the_geometry_and_nothing_of_the_patient(tmp_path):
     source = nib.Nifti1Image(knee_like(), affine_of())
-    source.set_qform(affine_of(origin=(1.0, 2.0, 3.0)), 1)
+    source.set_qform(affine_of(origin=(-31.0, -12.0, 7.5)), 1)  # a little elsewhere, as headers are rounded
     source.set_sform(affine_of(), 3)
     source.header["descrip"] = b"Jane Doe 1970"
     source.header.set_xyzt_units("mm", "sec")
@@ -486,6 +488,44 @@ def test_the_command_reads_the_volume_once(tmp_path, monkeypatch):
     monkeypatch.setattr("fedkd_utils.__main__._network", lambda *_: (bright, SMALL))
     assert main(["segment", str(path), "--preview", str(tmp_path / "p.png")]) == 0
     assert read == ["knee.nii.gz"] and (tmp_path / "p.png").is_file()
+
+
+BAD_OUTPUTS = {
+    "segmentation named as a picture": (["--out", "label.png"], "label.png: the segmentation is a NIfTI file"),
+    "table named as a sheet": (["--table", "knee.xlsx"], r"knee.xlsx: the table is a CSV file.*ends in .csv"),
+    "preview named as a page": (["--preview", "knee.jpg"], r"knee.jpg: the preview is a PNG picture.*ends in .png"),
+    "no folder for the segmentation": (["--out", "nowhere/a.nii"], "nowhere: no such folder"),
+    "no folder for the table": (["--table", "nowhere/a.csv"], "nowhere: no such folder"),
+    "no folder for the preview": (["--preview", "nowhere/a.png"], "nowhere: no such folder"),
+    "a folder in its place": (["--preview", "folder.png"], "folder.png: that is a folder"),
+    "read-only": (["--table", "sealed/a.csv"], r"sealed/a.csv: cannot be written \(Read-only file system\)"),
+    "the volume": (["--out", "knee.nii.gz"], "knee.nii.gz: that is the volume itself"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_OUTPUTS)
+def test_the_command_refuses_what_it_could_not_write_before_it_trains_anything(tmp_path, monkeypatch, capsys, kind):
+    options, words = BAD_OUTPUTS[kind]
+    save(tmp_path / "knee.nii.gz", IMAGE)
+    for name in ("sealed", "folder.png"):
+        (tmp_path / name).mkdir()
+    original = tempfile.TemporaryFile
+
+    def sealed(*, dir):
+        if dir.name == "sealed":  # permissions do not stop the administrator who runs tests
+            raise OSError(30, "Read-only file system")
+        return original(dir=dir)
+
+    def trains(*_):
+        raise AssertionError("it trains")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", sealed)
+    monkeypatch.setattr("fedkd_utils.__main__._network", trains)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["segment", "knee.nii.gz", *options]) == 1
+    shown = capsys.readouterr().err
+    assert re.match(f"error: {words}", shown) and shown.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_command_refuses_a_bad_file_before_it_trains_anything(tmp_path, monkeypatch, capsys):

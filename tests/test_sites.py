@@ -26,6 +26,8 @@ from tiny import TINY
 
 from fedkd_utils import cohorts, experiments, networks, segment, sites, transforms
 from fedkd_utils.__main__ import main
+from fedkd_utils.files import nifti_bytes
+from fedkd_utils.readers import Reading
 from fedkd_utils.transforms import VolumeError
 
 SPACING = (4.0, 1.2, 1.2)
@@ -34,13 +36,14 @@ OWN = replace(TINY, grid_shape=(10, 32, 32))  # as large as a volume: 40 x 38 x 
 
 
 def knee(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Femoral above tibial cartilage, the patella in front: RAS, a few ml each."""
+    """Femoral above tibial cartilage, the patella in front: RAS, a few ml each; no two labels are alike."""
     rng = np.random.default_rng(seed)
     label = np.zeros(SHAPE, np.uint8)
     shift = int(rng.integers(0, 3))
     label[1:9, 6:24, 18 + shift : 22 + shift] = 1
     label[1:9, 6:24, 12 + shift : 14 + shift] = 2
     label[2:8, 25:28, 20:26] = 3
+    label[4, 10:20, 20] = [not seed >> bit & 1 for bit in range(10)]
     image = 200.0 * label + 100 + rng.normal(0, 20, SHAPE)
     return np.abs(image).astype(np.float32), label
 
@@ -114,11 +117,23 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "copy in another site": (
         lambda d: shutil.copy(d / "north/imagesTr/k1_0000.nii.gz", d / "Süd Klinik/imagesTr/new.nii.gz"),
-        "same voxels",
+        "same image",
     ),
     "one person at two sites": (
         lambda d: [(d / s / "dataset.json").write_text('{"subjects": {"k0.nii.gz": 7}}') for s in os.listdir(d)],
         "same person",
+    ),
+    "copy stored in another order": (
+        lambda d: reordered(d / "north/imagesTr/k1_0000.nii.gz", d / "Süd Klinik/imagesTr/new.nii.gz"),
+        "same image",
+    ),
+    "copy stored in integers": (lambda d: as_integers(d), "same image"),
+    "far too much cartilage": (
+        lambda d: [
+            save(d / f"north/{part}", array, np.diag([20.0, 6, 6, 1]))
+            for part, array in zip(("imagesTr/k0_0000.nii.gz", "labelsTr/k0.nii.gz"), knee(0), strict=True)
+        ],
+        "ml of femoral, 207 ml of tibial, 78 ml of patellar cartilage, far more than any knee has",
     ),
     "too few people": (lambda d: [os.remove(d / f"north/labelsTr/k{k}.nii.gz") for k in (0, 1)], "are too few"),
     "class of no file": (
@@ -127,6 +142,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "bad dataset.json": (lambda d: (d / "north/dataset.json").write_text("{"), "not readable as JSON"),
 }
+
+
+def reordered(path: Path, to: Path) -> None:
+    """The same volume stored from right to left and from front to back."""
+    volume = nib.load(path).as_reoriented(nib.orientations.axcodes2ornt(("L", "P", "S")))
+    nib.save(nib.Nifti1Image(np.asarray(volume.dataobj, dtype=np.float32), volume.affine), to)
+
+
+def as_integers(folder: Path) -> None:
+    """One knee as float32 at one site, and as int16 with a scale factor and from right to left at another."""
+    image = knee(4)[0] + np.float32(0.123)
+    save(folder / "north/imagesTr/k4_0000.nii.gz", image)
+    content = nifti_bytes(image[::-1].copy(), np.diag([-SPACING[0], *SPACING[1:], 1]))
+    (folder / "Süd Klinik/imagesTr/new.nii.gz").write_bytes(content)
 
 
 def cut(path: Path) -> None:
@@ -182,6 +211,19 @@ WARNINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a spike": (lambda d: save(d / "north/imagesTr/k4_0000.nii.gz", spike(knee(4)[0])), "brighter than the rest"),
     "a folder that is no site": (lambda d: (d / "west" / "images").mkdir(parents=True), "west: in no layout"),
     "no labels": (lambda d: shutil.rmtree(d / "north/labelsTr"), "no labels"),
+    "label of another knee": (
+        lambda d: shutil.copy(d / "north/labelsTr/k1.nii.gz", d / "Süd Klinik/labelsTr/k2.nii.gz"),
+        "voxel by voxel, but the image is another one",
+    ),
+    "patella that is not named": (
+        lambda d: (d / "north/dataset.json").write_text('{"labels": {"femoral": 1, "tibial": 2}}'),
+        "has patellar cartilage, which its site does not name as labelled",
+    ),
+    "another format": (lambda d: (d / "north/imagesTr/k9.NII.GZ").write_bytes(b""), "not read, since their names"),
+    "a name that is no UTF-8": (
+        lambda d: os.rename(d / "north/imagesTr/k4_0000.nii.gz", os.fsencode(d) + b"/north/imagesTr/k\xff_0000.nii.gz"),
+        r"k\udcff_0000.nii.gz: characters in its name that are no UTF-8",
+    ),
 }
 
 
@@ -198,6 +240,52 @@ def test_what_only_looks_odd_is_a_warning(two: Path, kind: str) -> None:
     assert not report.errors and any(words in finding.text for finding in report.findings)
     assert report.verdict == "Look at the warnings, then go on with `prepare`."
     assert main(["check", str(two)]) == 0
+
+
+VISITS = ("P1_V00 P1_V01", "P1_v1 P1_v2", "P1_00m P1_12m", "P1_visit1 P1_visit2", "P1_L P1_R", "P1-left P1-right")
+VISITS += ("P1_ses-01 P1_ses-02", "P1-ses-01 P1-ses-02", "sub-1_ses-a_T2w sub-1_ses-b_T2w", "P1_V00_L P1_V01_R")
+
+
+@pytest.mark.parametrize("pair", VISITS)
+def test_names_that_differ_in_visit_or_side_ask_for_subjects(two: Path, pair: str) -> None:
+    names = pair.split()
+    for k, name in enumerate(names):
+        (two / f"north/imagesTr/k{k}_0000.nii.gz").rename(two / f"north/imagesTr/{name}_0000.nii.gz")
+        (two / f"north/labelsTr/k{k}.nii.gz").rename(two / f"north/labelsTr/{name}.nii.gz")
+    (finding,) = sites.check_sites(two).findings
+    assert finding.level == "warning" and f"{names[0]} and {names[1]} look like visits" in finding.text
+    assert str(two / "north") in finding.text and "`subjects` of dataset.json" in finding.text
+    for people in (("P1", "P1"), (1, 2)):  # somebody who says that they are two people is believed
+        (two / "north/dataset.json").write_text(json.dumps({"subjects": dict(zip(names, people, strict=True))}))
+        assert not [finding for finding in sites.check_sites(two).findings if "look like visits" in finding.text]
+
+
+def test_a_name_that_is_no_utf_8_is_printed_and_hides_nothing(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = two / "north/imagesTr/k4_0000.nii.gz"
+    path.write_bytes(b"damaged")
+    os.rename(path, os.fsencode(path.parent) + b"/k\xff_0000.nii.gz")
+    cut(two / "north/imagesTr/k2_0000.nii.gz")
+    assert main(["check", str(two)]) == 1
+    errors = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and any(r"k\udcff_0000.nii.gz: damaged" in line for line in errors)
+
+
+def test_intensities_are_told_for_every_site(two: Path) -> None:
+    lines = [line for line in sites.check_sites(two).text().splitlines() if line.startswith("  grey")]
+    pixels = [knee(k)[0].ravel() for k in range(5)]
+    median, low, high = np.median(np.percentile(pixels, (50, 1, 99), axis=1), axis=1)
+    assert len(lines) == 2
+    assert lines[1] == f"  grey    median {median:.4g}, 1st to 99th percentile {low:.4g} to {high:.4g}"
+
+
+def test_volumes_of_slanted_voxels_are_those_of_the_determinant() -> None:
+    slanted = np.diag([*SPACING, 1.0])
+    slanted[0, 1] = 1.2  # a column of 1.7 mm, voxels as large as before
+    report = sites.Report(facts={"north": []})
+    reading = Reading("k", "1", "", (1, 2, 3), Path("k.nii.gz"), lambda: (*knee(0), slanted))
+    assert sites._inspect(report, "north", reading, None) is not None
+    (facts,) = report.facts["north"]
+    assert facts.volumes_ml[2] == pytest.approx((knee(0)[1] == 2).sum() * 4 * 1.2 * 1.2 / 1000)
 
 
 def test_the_verdict_says_what_can_be_done_with_the_sites(two: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import tempfile
 from dataclasses import replace
 from itertools import permutations, product
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -38,9 +40,13 @@ def affine_of(spacing, shape):
     return affine
 
 
-def write(path, array, affine):
-    nib.save(nib.Nifti1Image(array, affine), path)
+def write_image(path, image):
+    nib.save(image, path)
     return path
+
+
+def write(path, array, affine):
+    return write_image(path, nib.Nifti1Image(array, affine))
 
 
 def all_orientations():
@@ -449,6 +455,74 @@ def test_a_singular_affine_is_refused(tmp_path):
     bad.write_bytes(raw)
     with pytest.raises(VolumeError, match="flat.nii: the affine is singular"):
         load_case(replace(good, image=bad), SMALL)
+
+
+@pytest.mark.parametrize(("shear", "degrees"), [(0.9, 53), (-0.9, 53), (0.05, 88), (0.025, 89)])
+def test_a_sheared_affine_is_refused(tmp_path, shear, degrees):
+    affine = np.diag([1.2, 1.2, 1.2, 1.0])
+    affine[1, 2] = shear
+    path = write(tmp_path / "leaning.nii.gz", np.ones((8, 16, 16), np.float32), affine)
+    words = f"leaning.nii.gz: the affine is sheared .* at {degrees} degrees, not at 90.*Resample"
+    with pytest.raises(VolumeError, match=words) as caught:
+        transforms.read_volume(path)
+    assert "\n" not in str(caught.value)
+
+
+@given(
+    st.tuples(*[st.floats(-180, 180)] * 3),
+    st.tuples(*[st.floats(0.2, 6.0)] * 3),
+    st.tuples(*[st.floats(-500, 500)] * 3),
+    st.sampled_from([(1, 1), (1, 0), (0, 1)]),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_oblique_headers_of_scanners_pass_and_so_does_their_rounding(angles, spacing, origin, coded, mirrored):
+    """Any rotation, with either form or both: both are stored as float32, and the sform often with few digits."""
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ np.diag(spacing)
+    affine[:3, 0] *= -1 if mirrored else 1
+    affine[:3, 3] = origin
+    image = nib.Nifti1Image(np.ones((160, 2, 384), np.uint8), affine)
+    image.set_sform(affine.round(4), coded[0])
+    image.set_qform(affine, coded[1])
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_image(Path(folder) / "tilted.nii", image)
+        _, got = transforms.read_volume(path)
+    np.testing.assert_allclose(got, affine, atol=1e-3)
+
+
+def two_places(path, sform, qform, codes):
+    image = nib.Nifti1Image(np.ones((8, 16, 16), np.float32), sform)
+    image.set_sform(sform, codes[0])
+    image.set_qform(qform, codes[1])
+    return write_image(path, image)
+
+
+@pytest.mark.parametrize("fault", ["shifted", "turned", "mirrored", "another spacing"])
+def test_a_qform_and_an_sform_that_disagree_are_refused(tmp_path, fault):
+    sform = affine_of((2.0, 1.0, 1.0), (8, 16, 16))
+    qform = sform.copy()
+    if fault == "shifted":
+        qform[0, 3] += 3
+    elif fault == "turned":
+        qform[:3, :3] = Rotation.from_euler("x", 20, degrees=True).as_matrix() @ qform[:3, :3]
+    elif fault == "mirrored":
+        qform[:, 0] *= -1
+    else:
+        qform[:3, 0] *= 1.5
+    for codes in ((1, 1), (3, 1), (2, 4)):
+        path = two_places(tmp_path / "two.nii.gz", sform, qform, codes)
+        with pytest.raises(VolumeError, match=r"two.nii.gz: the qform and the sform of its header disagree by up to"):
+            transforms.read_volume(path)
+        np.testing.assert_allclose(transforms.read_nifti(path, by_qform=True)[1], qform, atol=1e-5)
+    for codes, place in (((1, 0), sform), ((0, 1), qform)):  # one of them: there is nothing to disagree with
+        path = two_places(tmp_path / "one.nii.gz", sform, qform, codes)
+        np.testing.assert_allclose(transforms.read_volume(path)[1], place, atol=1e-5)
+        np.testing.assert_allclose(transforms.read_nifti(path, by_qform=True)[1], place, atol=1e-5)
+    near = sform.copy()
+    near[0, 3] += 0.5
+    path = two_places(tmp_path / "near.nii.gz", sform, near, (1, 1))
+    np.testing.assert_allclose(transforms.read_volume(path)[1], sform, atol=1e-5)
 
 
 def test_missing_and_damaged_files(tmp_path):
