@@ -488,13 +488,13 @@ _NOTES = (".json", ".txt", ".md", ".csv", ".tsv", ".xlsx", ".yaml", ".yml", ".bv
 #: Images of OAIZIB-CM as they were unpacked: its reader knows its label values, whatever ``dataset.json`` calls them.
 OAIZIB_CM = "imagesT[rs]/oaizib_[0-9][0-9][0-9]_0000.nii.gz"
 
-#: Words that name a class in the ``labels`` of a ``dataset.json``, and words that say nothing more.
-_CLASS_OF_WORD = {
-    **dict.fromkeys(("femoral", "femur", "fc"), 1),
-    **dict.fromkeys(("tibial", "tibia", "tc"), 2),
-    **dict.fromkeys(("patellar", "patella", "pc"), 3),
-}
-_EMPTY_WORDS = {"articular", "cart", "knee", "label", "the"}
+#: Words that name a class in the ``labels`` of a ``dataset.json``; a bone does so only beside the word cartilage.
+_CLASS_OF_WORD = {**dict.fromkeys(("femoral", "fc"), 1), **dict.fromkeys(("tibial", "tc"), 2)}
+_CLASS_OF_WORD |= dict.fromkeys(("patellar", "pc"), 3)
+_CLASS_OF_BONE = {"femur": 1, "tibia": 2, "patella": 3}
+#: Words that say nothing more, and that name a part of a class.
+_EMPTY_WORDS = {"articular", "cart", "cartilage", "cartilages", "knee", "label", "of", "the"}
+_PARTS = {"medial", "lateral", "central", "anterior", "posterior", "left", "right", "weight", "bearing"}
 
 #: From here on the numbers of people whom nobody named.
 _UNNAMED = 2**48
@@ -515,8 +515,16 @@ def _is_volume(path: Path) -> bool:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What lies in a folder, in the order of the names; nothing when there is no folder."""
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    """What lies in a folder, in the order of the names; nothing when there is no folder.
+
+    Raises:
+        CohortError: something of this name is there and is no folder.
+    """
+    if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise CohortError(f"{folder}: no folder, nor a link to one. Put the folder itself in its place.")
+        return []
+    return sorted(folder.iterdir())
 
 
 def _volumes(folder: Path) -> dict[str, Path]:
@@ -549,15 +557,15 @@ def _refuse_no_file(path: Path) -> None:
 def _refuse_channels(images: Mapping[str, Path], labels: Mapping[str, Path]) -> None:
     """Refuse nnU-Net's further channels, which would count as people: ``k_0001`` beside ``k_0000``, or alone.
 
-    A number of four digits is part of a name and no channel where a label has it, too, or where no name of the folder
-    shows nnU-Net's suffix: an image ``x_0000`` whose label is not called so.
+    A number of four digits is part of a name and no channel where a label has it, too, or where nothing shows nnU-Net's
+    suffix: a label without the number, or several cases that end in ``_0000``.
 
     Raises:
         CohortError: names the first one.
     """
     drawn = {_stem(path.name) for path in labels.values()}
     stems = {_stem(path.name): path for path in images.values()}
-    suffixed = any(stem.endswith("_0000") and stem not in drawn for stem in stems)
+    suffixed = sum(stem.endswith("_0000") and stem not in drawn for stem in stems) > 1
     for stem, path in stems.items():
         case = re.sub(r"_\d{4}$", "", stem)
         if stem not in drawn and not stem.endswith("_0000") and case != stem and (suffixed or case in drawn):
@@ -565,6 +573,12 @@ def _refuse_channels(images: Mapping[str, Path], labels: Mapping[str, Path]) -> 
                 f"{path}: one of several channels of {case}, but a network here sees one. Keep the one to work with as "
                 f"{case}_0000 and move the others away. (If it is a knee of its own, end its name in another way.)"
             )
+
+
+def _unread(folder: Path, name: str) -> str:
+    """In brackets a file of this name that was not read, as ``k0_0000.NII.GZ``; nothing when there is none."""
+    alike = [p.name for p in _inside(folder) if not _is_volume(p) and _bare(p.name.lower()) == name.lower()]
+    return f" ({printable(alike[0])} is not read: write its ending in small letters)" if alike else ""
 
 
 def passed_over(folder: Path) -> list[Path]:
@@ -575,8 +589,9 @@ def passed_over(folder: Path) -> list[Path]:
 
 def _facts(described: Path) -> dict[str, Any]:
     """The content of a ``dataset.json``, or nothing when there is none."""
-    if not described.is_file():
+    if not os.path.lexists(described):
         return {}
+    _refuse_no_file(described)
     try:
         facts = json.loads(described.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -588,7 +603,7 @@ def _facts(described: Path) -> dict[str, Any]:
 
 def _short(value: object) -> str:
     """A value of a ``dataset.json`` for a message."""
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -644,19 +659,15 @@ def _named_classes(facts: Mapping[str, Any], described: Path) -> tuple[int, ...]
         name, number = (value, key) if isinstance(value, str) and key.isdecimal() else (key, value)
         if not isinstance(named, dict) or not re.fullmatch(r"[0-9]{1,9}", _short(number).strip('"')):
             raise CohortError(
-                f'{described}: labels is {_short(named)}. Make it name -> number, as {{"background": 0, "femoral '
-                'cartilage": 1}}, or number -> name.'
+                f"{described}: labels is {_short(named)}. Make it name -> number, as "
+                '{"background": 0, "femoral cartilage": 1}, or number -> name.'
             )
         numbers.append((name, int(number)))
     found: dict[int, tuple[str, int]] = {}
     for name, number in numbers:
-        words = set(re.findall(r"[^\W_]+", re.sub("cartilages?", " ", name.lower()))) - _EMPTY_WORDS
-        c = _CLASS_OF_WORD.get("".join(words), 0)
+        c = _class_named(name)
         if c == 0 and number != 0:
-            raise CohortError(
-                f"{described}: labels names {_short(name)} ({number}), which is no class here. Set its voxels to 0 in "
-                f"the label files and drop the name; the classes are {_codes()}."
-            )
+            raise CohortError(f"{described}: labels names {_short(name)} ({number}), {_no_class(name)}")
         if c in found:
             raise CohortError(
                 f"{described}: labels names {CLASS_NAMES[c]} cartilage twice ({_short(found[c][0])}, {_short(name)}). "
@@ -671,6 +682,32 @@ def _named_classes(facts: Mapping[str, Any], described: Path) -> tuple[int, ...]
             f"{', '.join(changes)}, at once, and then the numbers in labels."
         )
     return tuple(sorted(found))
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name in small letters; "femoralcartilage" has two."""
+    return set(re.findall(r"[^\W_]+", re.sub("(cartilages?)", r" \1 ", name.lower())))
+
+
+def _class_named(name: str) -> int:
+    """The class that a name of ``labels`` means, 0 when it means none."""
+    words = _words(name)
+    meanings = _CLASS_OF_WORD | (_CLASS_OF_BONE if words & {"cartilage", "cartilages", "cart"} else {})
+    found = {meanings.get(word, 0) for word in words - _EMPTY_WORDS}
+    return found.pop() if len(found) == 1 else 0
+
+
+def _no_class(name: str) -> str:
+    """Why a name of ``labels`` is no class, and what to do."""
+    words = _words(name)
+    if "ignore" in words:
+        return "but a label cannot say that a voxel is unknown here. Take the label away, or draw what is there."
+    if words & _PARTS and words & {*_CLASS_OF_WORD, *_CLASS_OF_BONE}:
+        return f"a part of a class: in the label files give all parts of a cartilage its one value ({_codes()})."
+    return (
+        f"which is no class here. If it is one of {_codes()} cartilage, name it so; if it is anything else, set its "
+        "voxels to 0 in the label files and drop the name."
+    )
 
 
 def _codes() -> str:
@@ -705,7 +742,7 @@ def _labelled_classes(facts: Mapping[str, Any], described: Path) -> tuple[tuple[
 
 
 def _subjects_named(facts: Mapping[str, Any], described: Path) -> dict[str, int]:
-    """The number of the person of each bare name in ``subjects``: as given, or that of a pseudonym.
+    """The number of the person of each bare name in ``subjects``: as given, or that of a pseudonym at this site.
 
     Raises:
         CohortError: no object of file names with numbers or names.
@@ -719,7 +756,8 @@ def _subjects_named(facts: Mapping[str, Any], described: Path) -> dict[str, int]
                 f"{described}: subjects must be file name -> number or pseudonym, but holds {_short(person)}."
             )
         written = re.fullmatch("[0-9]{1,18}", text)
-        people[name] = int(person) if type(person) is int or written else number_of(text)
+        own = f"{described.parent.resolve().name}/{text}"  # hospitals count their patients apart
+        people[name] = int(person) if type(person) is int or written else number_of(own)
     return people
 
 
@@ -756,7 +794,8 @@ def open_site(folder: str | Path) -> Site:
     for kind, owners, owned in (("imagesTr", images, labels), ("imagesTs", tests, test_labels)):
         _refuse_channels(owners, owned)
         for name in owned.keys() - owners.keys():
-            raise CohortError(f"{owned[name]}: no image of this name in {kind}. Add the image or remove the label.")
+            unread = _unread(folder / kind, name)
+            raise CohortError(f"{owned[name]}: no image of this name in {kind}{unread}. Add it or remove the label.")
     for name in images.keys() & tests.keys():
         raise CohortError(f"{tests[name]}: also in imagesTr. Keep a volume for training or for test, not for both.")
     classes, classes_of = _labelled_classes(facts, described)
@@ -794,6 +833,11 @@ def _own_number(folder: Path, name: str) -> int:
     Of the site's name and not its place: a folder that is moved keeps its people, and with them its splits.
     """
     return number_of(f"{folder.resolve().name}/{name}") + _UNNAMED
+
+
+def number_kept(subject: str) -> int:
+    """A number for a subject of another site that still says whether somebody named it (:func:`is_named`)."""
+    return number_of(subject) + (0 if is_named(subject) else _UNNAMED)
 
 
 def is_named(subject: str) -> bool:

@@ -53,9 +53,11 @@ MUCH_LARGER = 1.1
 #: The splits that nobody trains on.
 HELD_OUT = ("validation", "test")
 
-#: Parts of file names that tell visits and sides of one person apart: V00, 12m, visit2, ses-01, L, left.
+#: Parts of file names that tell visits and sides of one person apart: V00, 12m, visit2, ses-01, baseline, a date, L,
+#: left, and the L behind a number.
 VISIT_OR_SIDE = re.compile(
-    r"(?i)(?:^|[-_. ])(?:v\d{1,2}|\d{1,3}m|visit[-_]?\d+|ses-\w+?|ses\d+|l|r|left|right)(?=[-_. ]|$)"
+    r"(?i)(?:^|[-_. ])(?:v\d{1,2}|\d{1,3}m|visit[-_]?\d+|ses-\w+?|ses\d+|baseline|bl|follow[-_]?up\d*|fu\d*"
+    r"|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d|l|r|left|right)(?=[-_. ]|$)|(?<=\d)[lr](?=[-_. ]|$)"
 )
 
 #: Layouts that :func:`cohorts.open_site` reads.
@@ -544,7 +546,7 @@ def write_site(folder: Path, description: str, volumes: Iterable[Entry]) -> None
     for volume in volumes:
         file, half = f"{volume.name}.nii.gz", "Ts" if volume.split == "test" else "Tr"
         write_atomically(folder / f"images{half}" / file, nifti_bytes(volume.image, volume.affine))
-        people[file] = cohorts.number_of(volume.person)
+        people[file] = cohorts.number_kept(volume.person)
         files[volume.split if volume.label is not None else "unlabelled"].append(file)
         if volume.label is not None:
             write_atomically(folder / f"labels{half}" / file, nifti_bytes(volume.label, volume.affine))

@@ -450,10 +450,11 @@ def test_nnunet_v2_dataset_json_opens(own: Path) -> None:
     ("labels", "classes"),
     [
         ({"background": 0, "femoral cartilage": 1, "tibial cartilage": 2}, (1, 2)),
-        ({"0": "background", "1": "Femoral_Cartilage", "2": "TIBIA", "3": "patella cartilage"}, (1, 2, 3)),
+        ({"0": "background", "1": "Femoral_Cartilage", "2": "TIBIAL", "3": "patella cartilage"}, (1, 2, 3)),
         ({"0": "background", "1": "femoral", "2": "tibial", "3": "patellar"}, (1, 2, 3)),  # as made cohorts have it
         ({"Clear Label": 0, "PatellarCartilage": 3}, (3,)),
         ({"background": "0", "FC": "1"}, (1,)),
+        ({"background": 0, "Femoral cartilage (FC)": 1, "cartilage of the tibia": 2}, (1, 2)),
     ],
 )
 def test_what_labels_does_not_name_is_not_labelled(own: Path, labels: object, classes: tuple[int, ...]) -> None:
@@ -467,7 +468,7 @@ def test_what_labels_does_not_name_is_not_labelled(own: Path, labels: object, cl
 def test_the_values_of_oaizib_cm_are_its_readers_business(own: Path) -> None:
     facts = {"labels": {"background": 0, "femur": 1, "femoral cartilage": 2, "tibia": 3, "medial tibial cartilage": 4}}
     (own / "dataset.json").write_text(json.dumps(facts))
-    with pytest.raises(CohortError, match="femoral cartilage twice"):
+    with pytest.raises(CohortError, match=r'names "femur" \(1\), which is no class here'):
         cohorts.open_site(own)
     volume(own / "imagesTr" / "oaizib_001_0000.nii.gz")
     assert len(cohorts.open_site(own).items) == 5
@@ -477,10 +478,38 @@ def test_subjects_may_be_pseudonyms(own: Path) -> None:
     facts = {"subjects": {"a": "P-17", "b": " P-17 ", "c": "Ä\ud800", "d": "9001104"}}
     (own / "dataset.json").write_text(json.dumps(facts))
     a, b, c, d = (item.subject for item in cohorts.open_site(own).items)
-    assert a == b == cohorts.number_of("P-17") and c == cohorts.number_of("Ä\ud800") and d == 9001104
+    assert a == b == cohorts.number_of(f"{own.name}/P-17") and c == cohorts.number_of(f"{own.name}/Ä\ud800")
+    assert d == 9001104  # a number is that of a set, a pseudonym that of a hospital
     assert all(cohorts.is_named(str(number)) for number in (a, b, c, d))
     (own / "dataset.json").unlink()
     assert not any(cohorts.is_named(str(item.subject)) for item in cohorts.open_site(own).items)
+
+
+def test_knees_that_are_numbered_with_four_digits_are_knees(tmp_path: Path) -> None:
+    for number in range(5):
+        volume(tmp_path / "imagesTr" / f"knee_{number:04d}.nii.gz")
+    assert len(cohorts.open_site(tmp_path).items) == 5
+    volume(tmp_path / "labelsTr" / "knee_0001.nii.gz")
+    assert len(cohorts.open_site(tmp_path).items) == 5
+    volume(tmp_path / "labelsTr" / "knee.nii.gz")  # now it is one knee with five channels
+    with pytest.raises(CohortError, match="knee_0002.nii.gz: one of several channels of knee"):
+        cohorts.open_site(tmp_path)
+
+
+def test_what_is_there_and_cannot_be_opened_is_not_overlooked(own: Path) -> None:
+    (own / "dataset.json").symlink_to("/nowhere/at/all")
+    with pytest.raises(CohortError, match="dataset.json: a link to /nowhere/at/all, where no file is"):
+        cohorts.open_site(own)
+    (own / "dataset.json").unlink()
+    (own / "labelsTr").rename(own / "moved")
+    (own / "labelsTr").symlink_to(own / "gone")
+    with pytest.raises(CohortError, match="labelsTr: no folder, nor a link to one"):
+        cohorts.open_site(own)
+    (own / "labelsTr").unlink()
+    (own / "moved").rename(own / "labelsTr")
+    (own / "imagesTr" / "a_0000.nii.gz").rename(own / "imagesTr" / "A_0000.NII.GZ")
+    with pytest.raises(CohortError, match=r"no image of this name in imagesTr \(A_0000.NII.GZ is not read"):
+        cohorts.open_site(own)
 
 
 @pytest.mark.parametrize("extra", [["a_0001"], ["c_0001"], ["e_0001"], ["e_0002", "e_0001"]])
@@ -589,9 +618,13 @@ def test_site_without_any_volume_is_refused(tmp_path: Path) -> None:
         ({"labels": {"background": 0}}, "without a cartilage"),
         ({"labels": {"femoral": 2, "tibial": 1}}, r"In all label files change 2 to 1 \(femoral\), 1 to 2 \(tibial\)"),
         ({"labels": {"1": "patellar", "2": "femoral"}}, r"change 2 to 1 \(femoral\), 1 to 3 \(patellar\)"),
-        ({"labels": {"femoral": 1, "meniscus": 4}}, r'names "meniscus" \(4\), which is no class here. Set its voxels'),
+        ({"labels": {"femoral": 1, "meniscus": 4}}, r'names "meniscus" \(4\), which is no class here. If it is'),
+        ({"labels": {"femur": 1, "tibia": 2, "patella": 3}}, r'names "femur" \(1\), which is no class here'),  # bones?
+        ({"labels": {"femoral": 1, "medial tibial cartilage": 2}}, "give all parts of a cartilage its one value"),
+        ({"labels": {"femoral": 1, "ignore": 4}}, "a label cannot say that a voxel is unknown"),
+        ({"labels": {"大腿骨軟骨": 1}}, 'names "大腿骨軟骨"'),
         ({"labels": {"femoral bone": 1}}, r'names "femoral bone" \(1\), which is no class'),
-        ({"labels": {"1": "tibia", "2": "tibial cartilage"}}, "names tibial cartilage twice"),
+        ({"labels": {"1": "tibia cartilage", "2": "tibial cartilage"}}, "names tibial cartilage twice"),
         ({"labels": {"femoral": 1, "tibial": 2}, "labelled_classes": [1, 3]}, r"but labels names only \[1, 2\]"),
         ({"labels": {"femoral": 1}, "labelled_classes": {"a": [1, 2]}}, r"but labels names only \[1\]"),
         ({"labelled_classes": None}, "must be a list of numbers"),

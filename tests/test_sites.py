@@ -244,6 +244,7 @@ def test_what_only_looks_odd_is_a_warning(two: Path, kind: str) -> None:
 
 VISITS = ("P1_V00 P1_V01", "P1_v1 P1_v2", "P1_00m P1_12m", "P1_visit1 P1_visit2", "P1_L P1_R", "P1-left P1-right")
 VISITS += ("P1_ses-01 P1_ses-02", "P1-ses-01 P1-ses-02", "sub-1_ses-a_T2w sub-1_ses-b_T2w", "P1_V00_L P1_V01_R")
+VISITS += ("9006L 9006R", "9008_12m 9008_baseline", "9009_2019-01-02 9009_20200102", "P1_bl P1_fu2")
 
 
 @pytest.mark.parametrize("pair", VISITS)
@@ -258,6 +259,24 @@ def test_names_that_differ_in_visit_or_side_ask_for_subjects(two: Path, pair: st
     for people in (("P1", "P1"), (1, 2)):  # somebody who says that they are two people is believed
         (two / "north/dataset.json").write_text(json.dumps({"subjects": dict(zip(names, people, strict=True))}))
         assert not [finding for finding in sites.check_sites(two).findings if "look like visits" in finding.text]
+
+
+def test_people_whom_nobody_named_are_still_that_after_prepare(two: Path, tmp_path: Path) -> None:
+    for k, name in enumerate(("P1_V00", "P1_V01")):
+        (two / f"north/imagesTr/k{k}_0000.nii.gz").rename(two / f"north/imagesTr/{name}_0000.nii.gz")
+        (two / f"north/labelsTr/k{k}.nii.gz").rename(two / f"north/labelsTr/{name}.nii.gz")
+    assert main(["prepare", str(two), str(tmp_path / "prepared")]) == 0
+    told = [finding.text for finding in sites.check_sites(tmp_path / "prepared").findings]
+    assert any("look like visits" in text and "P1_V00" in text for text in told)
+
+
+def test_the_same_pseudonym_at_two_hospitals_is_two_people(two: Path) -> None:
+    for site in ("north", "Süd Klinik"):
+        names = sorted(path.name for path in (two / site / "imagesTr").iterdir())
+        (two / site / "dataset.json").write_text(
+            json.dumps({"subjects": {name: f"P-{i}" for i, name in enumerate(names)}})
+        )
+    assert not [finding for finding in sites.check_sites(two).findings if "same person" in finding.text]
 
 
 def test_a_name_that_is_no_utf_8_is_printed_and_hides_nothing(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
