@@ -22,7 +22,7 @@ from fedkd_utils.federation import run_federation
 from fedkd_utils.networks import build_network, copy_state, largest_difference, nbytes
 from fedkd_utils.objectives import Batch, dual_distillation
 from fedkd_utils.seeds import seed_of
-from fedkd_utils.settings import CARTILAGES, QUICK
+from fedkd_utils.settings import CARTILAGES, PROJECT, QUICK
 from fedkd_utils.teacher import freeze, teacher_signals
 from fedkd_utils.timing import Effort, Line
 
@@ -307,3 +307,15 @@ def test_reach_reads_the_committed_results():
     lines = bench_learning.reach(ONE)
     assert {one.what.split(":")[0] for one in lines} == {"paper_like", "heterogeneous"}
     assert any(one.what.endswith("the best rival") and 0 < one.median < 1 for one in lines)
+
+
+def test_the_readme_says_how_long_a_volume_of_full_size_takes() -> None:
+    facts = json.loads((bench.FILE.parent / "inference.json").read_bytes())
+    measured = bench.medians(facts)
+    text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    assert "within a minute and 8 GB on two cores" in text
+    assert all(one.get("met", True) for one in facts["parts"]["inference"]["lines"])
+    for network in ("course's", "paper's"):
+        name = f"inference: segment 160 x 384 x 384 voxels, {network} network"
+        words = f"in {measured[f'{name}, 2 threads, s']:.0f} s and {measured[f'{name}, peak memory, MB'] / 1000:.1f} GB"
+        assert f"{words} with the {network}" in text
