@@ -92,46 +92,41 @@ def test_only_training_volumes_move(cache: Path) -> None:
     assert moved.test is site.test and moved.validation is site.validation and site.labels.device.type == "cpu"
 
 
+def _on_cpu_and_twice_on_gpu(row: str, cache: Path) -> list[clients.Update]:
+    """A client's first round on the CPU, on the GPU, and once more on the GPU."""
+    method = ROWS[row]
+    settings = method.adapt(TINY)
+    site = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)[0]
+    teacher = networks.build_network(settings, 1).eval() if method.distils else None
+    state = networks.copy_state(networks.build_student(settings, 0))
+    with repeatable():
+        return [
+            clients.client_update(state, where, method, settings, 1, 0, teacher=teacher)
+            for where in (site, *[site.to(torch.device("cuda"))] * 2)
+        ]
+
+
 @GPU
 @pytest.mark.parametrize("row", [name for name, method in ROWS.items() if method.objective is not None])
 def test_a_client_on_a_gpu_sends_what_one_on_the_cpu_sends(
     row: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDKD_PRECISION", "float32")
-    method = ROWS[row]
-    settings = method.adapt(TINY)
-    site = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)[0]
-    teacher = networks.build_network(settings, 1).eval() if method.distils else None
-    state = networks.copy_state(networks.build_student(settings, 0))
-    here, there, again = (
-        _one_round(state, where, method, settings, teacher) for where in (site, *[site.to(torch.device("cuda"))] * 2)
-    )
+    here, there, again = _on_cpu_and_twice_on_gpu(row, cache)
     assert all(tensor.device.type == "cpu" for tensor in {**there.state, **there.kept}.values())
     assert all(torch.equal(there.state[name], again.state[name]) for name in there.state)
     assert there.metrics["loss"] == pytest.approx(here.metrics["loss"], rel=1e-3)
     for name, tensor in here.state.items():
         assert torch.allclose(
-            there.state[name].double(), tensor.double(), rtol=0, atol=0.1 * settings.learning_rate * 3
+            there.state[name].double(), tensor.double(), rtol=0, atol=0.1 * ROWS[row].adapt(TINY).learning_rate * 3
         )
-
-
-def _one_round(state, site, method, settings, teacher):  # type: ignore[no-untyped-def]
-    with repeatable():
-        return clients.client_update(state, site, method, settings, 1, 0, teacher=teacher)
 
 
 @GPU
 @pytest.mark.parametrize("row", ["fedavg", "dual_kd", "uamt"])
 def test_in_mixed_precision_a_client_learns_the_same_and_repeats_itself(row: str, cache: Path) -> None:
-    method = ROWS[row]
-    settings = method.adapt(TINY)
-    site = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)[0]
-    teacher = networks.build_network(settings, 1).eval() if method.distils else None
-    state = networks.copy_state(networks.build_student(settings, 0))
-    here, there, again = (
-        _one_round(state, where, method, settings, teacher) for where in (site, *[site.to(torch.device("cuda"))] * 2)
-    )
-    assert all(tensor.dtype == state[name].dtype for name, tensor in there.state.items())
+    here, there, again = _on_cpu_and_twice_on_gpu(row, cache)
+    assert all(tensor.dtype == here.state[name].dtype for name, tensor in there.state.items())
     assert all(torch.equal(there.state[name], again.state[name]) for name in there.state)
     assert there.metrics["loss"] == pytest.approx(here.metrics["loss"], rel=0.02)
     assert there.metrics["loss"] != here.metrics["loss"]

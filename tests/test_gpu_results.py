@@ -80,6 +80,9 @@ def test_the_profile_fits_a_gpu_and_the_short_one_is_a_thirtieth_of_it() -> None
     signals = PAPER.client_unlabelled * 4 * 5 * voxels  # the bottleneck is a thousandth of it
     held = PAPER.clients * (images + labels + signals) / 1e9
     assert f"{held:.0f} GB of volumes and signals" in PAGE
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    peak = MEASURED["gpu: peak memory of the GPU, GB"]
+    assert f"for a GPU of 24 GB (its volumes, signals and steps take {held + peak:.0f}; it has not been run" in readme
     for profile in (PAPER, PAPER_SHORT):
         assert (profile.grid_shape, profile.architecture, profile.clients) == ((16, 288, 352), "vnet", 4)
     steps = [p.rounds * p.local_epochs * p.steps_per_epoch for p in (PAPER, PAPER_SHORT)]
