@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import nibabel as nib
 import numpy as np
 import pydicom
-import SimpleITK as sitk
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 
 from fedkd_utils import cohorts
+from fedkd_utils.formats import hdf5_keys, is_dicom, read_dicom, read_hdf5, read_metaimage
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.transforms import (
-    RIGHT_ANGLE_DEGREES,
     VolumeError,
     checked_voxels,
     middle_mm,
@@ -34,10 +33,7 @@ from fedkd_utils.transforms import (
     read_nifti,
     read_volume,
     refuse_other_grid,
-    refuse_sheared,
 )
-
-sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised as an error
 
 #: Voxels (X, Y, Z) float32 or None, classes (X, Y, Z) uint8 or None, affine (4, 4) voxel -> RAS mm.
 Loaded = tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None, NDArray[np.float64]]
@@ -57,7 +53,7 @@ class Reading:
     load: Callable[[], Loaded]
 
 
-# --- formats ------------------------------------------------------------
+# --- labels ------------------------------------------------------------
 
 
 def _relabel(raw: NDArray[Any], mapping: Mapping[int, int], path: Path) -> NDArray[np.uint8]:
@@ -91,99 +87,6 @@ def _one_hot(channels: NDArray[Any], mapping: Mapping[int, int], path: Path) -> 
     for channel, c in mapping.items():
         out[channels[..., channel] > 0] = c
     return out
-
-
-def _hdf5(path: Path, key: str) -> NDArray[Any]:
-    try:
-        with h5py.File(path, "r") as file:
-            if key not in file:
-                raise VolumeError(f"{path}: has no {key!r}, only {sorted(file)}. Fetch the file again.")
-            return np.asarray(file[key])
-    except OSError as error:
-        raise VolumeError(f"{path}: damaged or not HDF5 ({one_line(error)}). Fetch it again.") from error
-
-
-def _simple_itk(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Voxels (X, Y, Z) and affine (RAS) of any file that SimpleITK reads: MetaImage, NRRD and so on."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Check the folder against the set's layout.")
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        raise VolumeError(
-            f"{path}: damaged, or its .raw file is missing ({one_line(error)}). Fetch it again."
-        ) from error
-    return _array(image, path)
-
-
-def _array(image: sitk.Image, path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise VolumeError(f"{path}: not one grey 3D volume but {image.GetDimension()} dimensions. Split it first.")
-    affine = np.eye(4)
-    affine[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    refuse_sheared(affine, path)
-    return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine  # ITK counts left and posterior
-
-
-def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """A DICOM series folder as one volume, slices in the order of their positions whatever their files are called.
-
-    Returns:
-        voxels (X, Y, Z) float32 and affine (4, 4) to RAS mm.
-
-    Raises:
-        FileNotFoundError: no such folder.
-        VolumeError: no or several series, a slice that is missing, there twice or beside the others, damaged files.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. Give the folder with the series' DICOM files.")
-    files = {
-        series: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), series)
-        for series in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    }
-    if not files:
-        raise VolumeError(f"{folder}: no DICOM image series in it. Give the folder with the files of one series.")
-    if len(files) > 1:
-        listed = ", ".join(f"{series} ({len(names)} files)" for series, names in list(files.items())[:6])
-        raise VolumeError(f"{folder}: holds {len(files)} series: {listed}. Give each a folder of its own.")
-    (names,) = files.values()
-    if len(names) > 1:
-        _check_slices(folder, names)
-    try:
-        reader = sitk.ImageSeriesReader()
-        reader.SetFileNames(names)
-        voxels, affine = _array(reader.Execute(), folder)
-    except RuntimeError as error:
-        raise VolumeError(f"{folder}: the series cannot be read ({one_line(error)}). Export it again.") from error
-    return checked_voxels(voxels, folder), affine
-
-
-def _check_slices(folder: Path, files: Sequence[str]) -> None:
-    """Slices must lie at even steps: ITK would stretch the others over a missing one."""
-    places, corners = [], []
-    for name in files:
-        try:
-            header = pydicom.dcmread(name, stop_before_pixels=True)
-            rows = np.array(header.ImageOrientationPatient, float)
-            corners.append(np.array(header.ImagePositionPatient, float))
-            places.append(float(np.cross(rows[:3], rows[3:]) @ corners[-1]))
-        except Exception as error:  # pydicom raises many kinds for damaged files
-            raise VolumeError(f"{name}: its position cannot be read ({one_line(error)}). Export it again.") from error
-    steps = np.diff(np.sort(places))
-    usual = float(np.median(steps))
-    if usual <= 1e-3 or steps.min() < 0.5 * usual:
-        raise VolumeError(f"{folder}: two slices lie at one place; several echoes or times in one series? Split it.")
-    if steps.max() > 1.2 * usual:
-        raise VolumeError(f"{folder}: slices lie {usual:.2f} mm apart, but once {steps.max():.2f} mm: one is missing.")
-    first, last = np.argmin(places), np.argmax(places)
-    aside = float(np.linalg.norm(corners[last] - corners[first])) ** 2 - float(places[last] - places[first]) ** 2
-    if aside > (np.tan(np.radians(RIGHT_ANGLE_DEGREES)) * (places[last] - places[first])) ** 2:
-        raise VolumeError(
-            f"{folder}: its slices do not lie straight above each other but {aside**0.5:.1f} mm aside: the stack is "
-            "sheared. Resample it to a grid with right angles, or export it again."
-        )
 
 
 def _affine(order: str, spacing: Sequence[float], shape: Sequence[int]) -> NDArray[np.float64]:
@@ -253,8 +156,8 @@ def iwoai(folder: Path) -> list[Reading]:
     mapping = {0: 1, 1: 2, 2: 2, 3: 3}
 
     def load(image: Path, label: Path | None) -> Loaded:
-        voxels = checked_voxels(_hdf5(image, "data"), image)
-        classes = None if label is None else _one_hot(_hdf5(label, "data"), mapping, label)
+        voxels = checked_voxels(read_hdf5(image, "data"), image)
+        classes = None if label is None else _one_hot(read_hdf5(label, "data"), mapping, label)
         affine = _affine("IPR", IWOAI_SPACING_MM, voxels.shape)
         if classes is not None and label is not None:  # neither stores a pose: only the shape can differ
             refuse_other_grid((classes.shape, affine), (voxels.shape, affine), label, image)
@@ -311,13 +214,13 @@ def skm_tea(folder: Path) -> list[Reading]:
                 f"{path}: not in the set's annotations, so whether its slices run from right to left is unknown. Fetch "
                 "the annotations again, or leave the file out."
             )
-        echoes = [checked_voxels(_hdf5(path, key), path) for key in ("echo1", "echo2")]
+        echoes = [checked_voxels(read_hdf5(path, key), path) for key in ("echo1", "echo2")]
         if echoes[0].shape != echoes[1].shape:
             raise VolumeError(f"{path}: the two echoes differ in shape. Fetch it again.")
         voxels = np.hypot(*echoes).astype(np.float32)
         classes = None
         if mask == path:
-            classes = _one_hot(_hdf5(path, "seg"), mapping, path)
+            classes = _one_hot(read_hdf5(path, "seg"), mapping, path)
         elif mask is not None:
             classes = _relabel(read_volume(mask)[0], {0: 0, **{k + 1: c for k, c in mapping.items()}, 5: 0, 6: 0}, mask)
         affine = _affine("IPR", SKM_TEA_SPACING_MM, voxels.shape)
@@ -333,10 +236,9 @@ def skm_tea(folder: Path) -> list[Reading]:
         split, subject, flipped = facts.get(path.stem, ("", path.stem, None))
         masks = [root / "segmentation_masks" / t / f"{path.stem}.nii.gz" for t in ("dicom-track", "raw-data-track")]
         try:
-            with h5py.File(path, "r") as file:
-                own = path if "seg" in file else next((mask for mask in masks if mask.is_file()), None)
-        except OSError:
-            own = None  # damaged: loading says so
+            own = path if "seg" in hdf5_keys(path) else next((mask for mask in masks if mask.is_file()), None)
+        except VolumeError:
+            own = None  # loading says so
         classes = CARTILAGES if own else ()
         out.append(Reading(path.stem, f"skm-tea/{subject}", split, classes, path, partial(load, path, own, flipped)))
     return out
@@ -353,7 +255,7 @@ def oai_zib(folder: Path) -> list[Reading]:
 
     def load(mask: Path, series: Path) -> Loaded:
         voxels, affine = read_dicom(series)
-        raw = _simple_itk(mask)[0].T[::-1]  # (z, y, x), the order in which the flip is meant
+        raw = read_metaimage(mask, posed=False)[0].T[::-1]  # (z, y, x), the order in which the flip is meant
         slices = voxels.shape[2]
         axis = [i for i in range(3) if raw.shape[i] == slices and sorted(raw.shape) == sorted(voxels.shape)]
         if not axis:
@@ -380,10 +282,10 @@ def ski10(folder: Path) -> list[Reading]:
     """SKI10: ``image-NNN.mhd`` with ``labels-NNN.mhd``; 1 femur, 2 FC, 3 tibia, 4 TC; no patella."""
 
     def load(image: Path, label: Path | None) -> Loaded:
-        raw, affine = _simple_itk(image)
+        raw, affine = read_metaimage(image)
         classes = None
         if label is not None:
-            drawn, place = _simple_itk(label)
+            drawn, place = read_metaimage(label)
             refuse_other_grid((drawn.shape, place), (raw.shape, affine), label, image)
             classes = _relabel(drawn, {0: 0, 1: 0, 2: 1, 3: 0, 4: 2}, label)
         return checked_voxels(raw, image), classes, affine
@@ -483,18 +385,14 @@ def _holds_dicom(folder: Path) -> bool:
 
 
 def _first_dicom(folder: Path) -> Path | None:
-    for path in sorted(folder.iterdir())[:50]:
-        if path.is_file() and path.name[0] != ".":
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    return path
-    return None
+    return next((path for path in sorted(folder.iterdir())[:50] if is_dicom(path)), None)
 
 
 def _patient(series: Path) -> str:
     """A number made of the PatientID of a series, which is shown nowhere itself; "" where there is none."""
     try:
-        header = pydicom.dcmread(str(_first_dicom(series)), stop_before_pixels=True, specific_tags=["PatientID"])
+        with warnings.catch_warnings(action="ignore"):
+            header = pydicom.dcmread(str(_first_dicom(series)), stop_before_pixels=True, specific_tags=["PatientID"])
         name = str(header.get("PatientID") or "").strip()
     except Exception:  # damaged: loading says so
         return ""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor, nn
 
-from fedkd_utils import figures, readers, transforms
+from fedkd_utils import figures, formats, transforms
 from fedkd_utils.calibration import THICK_SLICES_MM, sheet_thickness_mm
 from fedkd_utils.files import write_atomically, zipped
 from fedkd_utils.metrics import keep_largest_components
@@ -306,7 +306,7 @@ def read_volume(path: str | Path) -> Volume:
     """
     path = Path(path)
     if path.is_dir():
-        image, affine = readers.read_dicom(path)
+        image, affine = formats.read_dicom(path)
         return Volume(path, refuse_implausible(image, affine, path), affine, nib.Nifti1Image(image, affine).header)
     image, affine, header = transforms.read_nifti(path)
     return Volume(path, refuse_implausible(image, affine, path), affine, header)

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_readers import sagittal_series
+from test_formats import sagittal_series
 from test_segment import SMALL, bright, knee_like, save
 
-from fedkd_utils import acquisition, anatomy, networks, readers, segment, training, transforms
+from fedkd_utils import acquisition, anatomy, formats, networks, segment, training, transforms
 from fedkd_utils.acquisition import SCANNERS, Scan
 from fedkd_utils.calibration import sheet_thickness_mm
 from fedkd_utils.settings import QUICK
@@ -69,7 +69,7 @@ def test_a_dicom_series_gives_the_same_label_as_its_nifti_copy(tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     volume = np.abs(knee_like((40, 38, 12))).astype(np.float32)
     series = sagittal_series(tmp_path / "knee series", volume, (1.3, 1.1, 4.0))
-    voxels, affine = readers.read_dicom(series)
+    voxels, affine = formats.read_dicom(series)
     first = segment.segment_volume(series, bright, SMALL)
     second = segment.segment_volume(save(tmp_path / "copy.nii.gz", voxels, affine), bright, SMALL)
     assert first.path.name == "knee series_cartilage.nii.gz" and first.path.is_file()

@@ -7,15 +7,12 @@ import json
 import re
 from pathlib import Path
 
-import h5py
 import nibabel as nib
 import numpy as np
-import pydicom
 import pytest
-import SimpleITK as sitk
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from test_formats import grey, hdf5, metaimage, sagittal_series
 
-from fedkd_utils import readers
+from fedkd_utils import formats, readers
 from fedkd_utils.transforms import VolumeError
 
 RNG = np.random.default_rng(0)
@@ -27,63 +24,6 @@ def nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Pa
     return path
 
 
-def hdf5(path: Path, **arrays: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path, "w") as file:
-        for key, array in arrays.items():
-            file[key] = array
-    return path
-
-
-def metaimage(path: Path, array: np.ndarray, spacing=(0.39, 0.39, 1.0), origin=(3.0, -4.0, 5.0)) -> Path:  # type: ignore[no-untyped-def]
-    """(X, Y, Z) as .mhd with its .raw."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
-    image.SetSpacing(spacing)
-    image.SetOrigin(origin)
-    sitk.WriteImage(image, str(path))
-    return path
-
-
-def sagittal_series(  # type: ignore[no-untyped-def]
-    folder: Path,
-    volume: np.ndarray,
-    spacing=(0.36, 0.36, 0.7),
-    uid: str | None = None,
-    patient: str | None = None,
-    aside: float = 0.0,
-) -> Path:
-    """(columns, rows, slices): columns run posterior, rows down, slices to the right; file names say nothing.
-
-    Every series is of a patient of its own unless one is named; ``aside``: mm by which a slice lies off the last one.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    series, frame = uid or generate_uid(), generate_uid()
-    order = RNG.permutation(volume.shape[2])
-    for k in range(volume.shape[2]):
-        d = pydicom.Dataset()
-        d.file_meta = pydicom.dataset.FileMetaDataset()
-        d.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        d.file_meta.MediaStorageSOPClassUID = d.SOPClassUID = MRImageStorage
-        d.file_meta.MediaStorageSOPInstanceUID = d.SOPInstanceUID = generate_uid()
-        d.SeriesInstanceUID, d.StudyInstanceUID, d.FrameOfReferenceUID = series, frame, frame
-        d.Modality, d.PatientID, d.PatientName = "MR", series[-30:] if patient is None else patient, "Nobody"
-        d.InstanceNumber = int(order[k]) + 1
-        d.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
-        d.ImagePositionPatient = [10 - spacing[2] * k, -20.0 + aside * k, 30.0]
-        d.PixelSpacing, d.SliceThickness = [spacing[1], spacing[0]], spacing[2]
-        d.Columns, d.Rows = volume.shape[:2]
-        d.SamplesPerPixel, d.PhotometricInterpretation = 1, "MONOCHROME2"
-        d.BitsAllocated, d.BitsStored, d.HighBit, d.PixelRepresentation = 16, 16, 15, 0
-        d.PixelData = np.ascontiguousarray(volume[:, :, k].T).astype(np.uint16).tobytes()
-        d.save_as(folder / f"{order[k]:04d}", enforce_file_format=True)
-    return folder
-
-
-def grey(shape: tuple[int, ...]) -> np.ndarray:
-    return RNG.integers(1, 1000, shape).astype(np.float32)
-
-
 def one(found: list[readers.Reading], name: str) -> readers.Reading:
     return next(reading for reading in found if reading.name == name)
 
@@ -92,51 +32,14 @@ def codes(affine: np.ndarray) -> str:
     return "".join(nib.aff2axcodes(affine))
 
 
-# --- DICOM ------------------------------------------------------------
+# --- DICOM folders ------------------------------------------------------------
 
 
-def test_dicom_slices_are_ordered_by_place_and_lie_where_the_patient_was(tmp_path: Path) -> None:
-    volume = grey((7, 6, 5))
-    voxels, affine = readers.read_dicom(sagittal_series(tmp_path / "säries one", volume))
-    turned = nib.as_closest_canonical(nib.Nifti1Image(voxels, affine))
-    assert np.array_equal(turned.get_fdata(), volume.transpose(2, 0, 1)[:, ::-1, ::-1])
-    assert np.allclose(nib.affines.voxel_sizes(affine), (0.36, 0.36, 0.7))
-    place = nib.affines.apply_affine(affine, np.argwhere(voxels == voxels[1, 2, 3])[0])
-    assert np.allclose(place, (-(10 - 0.7 * 3), -(-20 + 0.36 * 1), 30 - 0.36 * 2), atol=1e-4)
+def test_a_folder_of_series_is_one_without_labels(tmp_path: Path) -> None:
+    series = sagittal_series(tmp_path / "säries one", grey((7, 6, 5)))
     (reading,) = readers.read_set(tmp_path)
     assert readers.layout(tmp_path) == "dicom" and reading.classes == () and reading.name == "säries one"
-    assert np.array_equal(reading.load()[0], voxels)  # type: ignore[arg-type]
-
-
-def test_a_missing_or_doubled_slice_and_several_series_are_refused(tmp_path: Path) -> None:
-    volume = grey((7, 6, 5))
-    gap = sagittal_series(tmp_path / "gap", volume)
-    middle = [p for p in gap.iterdir() if abs(pydicom.dcmread(p).ImagePositionPatient[0] - 8.6) < 1e-6]
-    middle[0].unlink()
-    with pytest.raises(VolumeError, match="gap: slices lie 0.70 mm apart, but once 1.40 mm"):
-        readers.read_dicom(gap)
-    double = sagittal_series(tmp_path / "double", volume, uid="1.2.3")
-    for path in sagittal_series(tmp_path / "again", volume, uid="1.2.3").iterdir():
-        path.rename(double / f"x{path.name}")
-    with pytest.raises(VolumeError, match="two slices lie at one place"):
-        readers.read_dicom(double)
-    two = sagittal_series(tmp_path / "two", volume, uid="1.2.4")
-    for path in sagittal_series(tmp_path / "other", volume + 1, uid="1.2.5").iterdir():
-        path.rename(two / f"x{path.name}")
-    with pytest.raises(VolumeError, match=r"holds 2 series: 1\.2\.4 \(5 files\), 1\.2\.5 .* Give each a folder"):
-        readers.read_dicom(two)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(VolumeError, match="no DICOM image series"):
-        readers.read_dicom(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        readers.read_dicom(tmp_path / "nowhere")
-
-
-def test_slices_that_slide_aside_are_refused(tmp_path: Path) -> None:
-    volume = grey((7, 6, 5))
-    with pytest.raises(VolumeError, match="leaning: its slices .* but 0.8 mm aside: the stack is sheared"):
-        readers.read_dicom(sagittal_series(tmp_path / "leaning", volume, aside=0.2))
-    readers.read_dicom(sagittal_series(tmp_path / "rounded", volume, aside=0.001))
+    assert np.array_equal(reading.load()[0], formats.read_dicom(series)[0])  # type: ignore[arg-type]
 
 
 def test_series_of_one_patient_are_one_person_whose_id_is_shown_nowhere(tmp_path: Path) -> None:
@@ -270,7 +173,7 @@ def test_oai_zib_masks_take_their_pose_from_the_series(tmp_path: Path, slices_fi
     assert (reading.subject, reading.classes) == ("oai/9001104", (1, 2))
     image, label, affine = reading.load()
     assert np.array_equal(image, volume) and np.array_equal(label, np.array([0, 0, 1, 0, 2])[anatomy])
-    assert np.allclose(affine, readers.read_dicom(tmp_path / "dicom" / "9001104")[1])
+    assert np.allclose(affine, formats.read_dicom(tmp_path / "dicom" / "9001104")[1])
     metaimage(mask, (rows[:, ::-1][::-1] if slices_first else np.moveaxis(rows[:, ::-1], 0, 2)[::-1]).T)
     with pytest.raises(VolumeError, match="femur lies below the tibia"):
         reading.load()
@@ -278,7 +181,7 @@ def test_oai_zib_masks_take_their_pose_from_the_series(tmp_path: Path, slices_fi
     with pytest.raises(VolumeError, match="Pair the right ones"):
         reading.load()
     mask.with_suffix(".raw").unlink()
-    with pytest.raises(VolumeError, match=r"\.raw file is missing"):
+    with pytest.raises(VolumeError, match=r"\.raw' is missing"):
         reading.load()
 
 

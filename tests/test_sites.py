@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_readers import metaimage, sagittal_series
+from test_formats import metaimage, sagittal_series
 from test_segment import bright, with_header
 from tiny import TINY
 
