@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from fedkd_utils import acquisition
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
+from fedkd_utils.errors import CohortError, printable
 from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.provenance import code_hash
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, SETTINGS_OF_CLIENTS, Settings, cache_folder
@@ -51,18 +52,6 @@ CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t
 
 #: The visit: every volume of a cohort is a subject's first scan, and no subject is scanned twice in one cohort.
 SCAN_SEED = 1
-
-
-def printable(text: object) -> str:
-    """Text for any terminal or file: bytes that are no UTF-8, line breaks and the like are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-class CohortError(ValueError):
-    """A cohort or site that cannot be used; the message names the folder, the fault and the remedy, in one line."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
 
 
 @dataclass(frozen=True)

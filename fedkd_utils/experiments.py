@@ -19,6 +19,7 @@ import pandas as pd
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.clients import trust_in
+from fedkd_utils.cohorts import Cohort, Site
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.files import write_atomically
@@ -78,7 +79,7 @@ class Result:
         return frame.astype({name: float for name in numbers} | {"class": int})
 
 
-def load_clients(cohort: cohorts.Cohort, settings: Settings) -> list[SiteData]:
+def load_clients(cohort: Cohort, settings: Settings) -> list[SiteData]:
     """All clients of a cohort on the grid, in memory."""
     return [transforms.load_site(site, settings) for site in cohort.clients]
 
@@ -129,7 +130,7 @@ def run_row(
 
 def run_sites(
     row: str,
-    cohort: cohorts.Cohort,
+    cohort: Cohort,
     settings: Settings,
     seed: int = 0,
     root: Path | None = None,
@@ -256,7 +257,7 @@ class _Ready:
 
     method: Method
     settings: Settings  # those of the row
-    cohort: cohorts.Cohort
+    cohort: Cohort
     teachers: tuple[Teacher, ...]  # those that the row may use: none, one, or the two of which it chooses
 
 
@@ -337,7 +338,7 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
 
 
 def _teacher(
-    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: cohorts.Site | None = None
+    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: Site | None = None
 ) -> Teacher:
     """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches.
 
@@ -354,7 +355,7 @@ def _inputs(
     setting: str,
     seed: int,
     settings: Settings,
-    cohort: cohorts.Cohort,
+    cohort: Cohort,
     teachers: Sequence[Teacher],
     teacher_update: TeacherUpdate,
 ) -> str:

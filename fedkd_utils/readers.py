@@ -24,13 +24,12 @@ from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 
 from fedkd_utils import cohorts
+from fedkd_utils.errors import VolumeError, one_line
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.transforms import (
     RIGHT_ANGLE_DEGREES,
-    VolumeError,
     checked_voxels,
     middle_mm,
-    one_line,
     read_nifti,
     read_volume,
     refuse_other_grid,

@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from fedkd_utils import cohorts, figures, readers, segment, transforms
 from fedkd_utils.cohorts import Cohort, Site
+from fedkd_utils.errors import VolumeError, one_line, printable
 from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.readers import Loaded, Reading
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
-from fedkd_utils.transforms import VolumeError, by_axis, middle_mm, one_line
+from fedkd_utils.transforms import by_axis, middle_mm
 
 #: The site that teaches, where there is one.
 REPOSITORY = "repository"
@@ -104,7 +105,7 @@ class Report:
 
     def add(self, level: str, text: str) -> None:
         """Add a finding, in characters that any terminal and file takes."""
-        self.findings.append(Finding(level, cohorts.printable(text)))
+        self.findings.append(Finding(level, printable(text)))
 
     @property
     def errors(self) -> list[Finding]:
@@ -168,7 +169,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder that holds one folder per site.")
     if readers.layout(folder) not in (None, "dicom"):
-        return {cohorts.printable(folder.resolve().name): folder}
+        return {printable(folder.resolve().name): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and readers.layout(p)]
     if not inside and readers.layout(folder):
         inside = [folder]
@@ -176,7 +177,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
         raise VolumeError(
             f"{folder}: no site in it. Make one folder per site with imagesTr and labelsTr, or an unpacked set."
         )
-    return {cohorts.printable(path.resolve().name): path for path in inside}
+    return {printable(path.resolve().name): path for path in inside}
 
 
 def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
@@ -265,7 +266,7 @@ def _warn_of_names(report: Report, site: str, path: Path, found: Sequence[Readin
         text = f"{path}: not read, since their names do not end in .nii or .nii.gz in small letters: {names}"
         report.add("warning", f"{text} ({len(others)} in all). Convert or rename them, or move them away.")
     for reading in found:
-        if (name := reading.path.name) != cohorts.printable(name):
+        if (name := reading.path.name) != printable(name):
             text = "characters in its name that are no UTF-8 or cannot be printed"
             report.add("warning", f"{reading.path}: {text}, so it is called {reading.name} here. Rename it.")
 

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from fedkd_utils import acquisition, cohorts
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
-from fedkd_utils.cohorts import Cohort, CohortError, Item, Site
+from fedkd_utils.cohorts import Cohort, Item, Site
+from fedkd_utils.errors import CohortError
 from fedkd_utils.settings import PAPER, PAPER_SHORT, QUICK, REFERENCE
 
 TINY = replace(tiny.TINY, repository_training=2, client_test=1)

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from fedkd_utils import readers
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.errors import VolumeError
 
 RNG = np.random.default_rng(0)
 

@@ -26,9 +26,9 @@ from tiny import TINY
 
 from fedkd_utils import cohorts, experiments, networks, segment, sites, transforms
 from fedkd_utils.__main__ import main
+from fedkd_utils.errors import CohortError, VolumeError
 from fedkd_utils.files import nifti_bytes
 from fedkd_utils.readers import Reading
-from fedkd_utils.transforms import VolumeError
 
 SPACING = (4.0, 1.2, 1.2)
 SHAPE = (10, 30, 32)
@@ -772,5 +772,5 @@ def test_sites_that_are_not_in_the_layout_have_to_be_prepared(two: Path) -> None
         sites.open_sites(two)
     shutil.rmtree(two / "ski")
     shutil.copytree(two / "north", two / "west")
-    with pytest.raises(cohorts.CohortError, match="same content twice"):
+    with pytest.raises(CohortError, match="same content twice"):
         sites.open_sites(two)
