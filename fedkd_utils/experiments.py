@@ -19,7 +19,6 @@ import pandas as pd
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.clients import trust_in
-from fedkd_utils.cohorts import Cohort, Site
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.files import write_atomically
@@ -38,6 +37,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder
+from fedkd_utils.site_folder import Cohort, Site
 from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
 from fedkd_utils.training import Progress, TrainingError, evaluate_cases
 from fedkd_utils.transforms import SiteData

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedkd_utils import cohorts, transforms
-from fedkd_utils.cohorts import Cohort, Item, Site
 from fedkd_utils.errors import VolumeError
 from fedkd_utils.settings import Settings
+from fedkd_utils.site_folder import Cohort, Item, Site
 from fedkd_utils.transforms import SiteData
 
 #: The labelled volumes of so many seeds do not overlap, when a fifth of the volumes is labelled.

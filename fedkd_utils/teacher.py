@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import cohorts, losses, metrics, transforms
-from fedkd_utils.cohorts import Site
 from fedkd_utils.device import compute_device, repeatable
 from fedkd_utils.networks import (
     ChannelDropout,
@@ -35,6 +34,7 @@ from fedkd_utils.networks import (
 from fedkd_utils.provenance import code_hash, files_hash, versions
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import CARTILAGES, Settings, cache_folder
+from fedkd_utils.site_folder import Site
 from fedkd_utils.training import (
     Progress,
     TrainingLog,

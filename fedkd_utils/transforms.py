@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkd_utils.cohorts import Item, Site
 from fedkd_utils.errors import VolumeError, one_line
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
+from fedkd_utils.site_folder import Item, Site
 
 #: How far the corner of a label may lie from that of its image: headers round.
 SAME_PLACE_MM = 0.1

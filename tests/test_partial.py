@@ -15,12 +15,12 @@ from test_federation import SHAPE, TINY, equal, knees, site
 
 from fedkd_utils import (
     clients,
-    cohorts,
     federation,
     losses,
     metrics,
     networks,
     server,
+    site_folder,
     teacher,
     training,
     transforms,
@@ -137,12 +137,12 @@ def test_a_site_on_disk_knows_the_classes_of_every_volume(tmp_path: Path) -> Non
             nib.save(nib.Nifti1Image(array, affine), folder / kind / f"k{number}.nii.gz")
     facts = {"labelled_classes": {"k1.nii.gz": [1, 2], "k2": [2]}}
     (folder / "dataset.json").write_text(json.dumps(facts))
-    data = transforms.load_site(cohorts.open_site(folder), TINY)
+    data = transforms.load_site(site_folder.open_site(folder), TINY)
     assert data.classes_by_volume == (ALL, NO_PATELLA, (2,)) and data.labelled_classes == ALL
     assert data.class_shares == {1: pytest.approx(2 / 3), 3: pytest.approx(1 / 3)}
     (folder / "dataset.json").write_text(json.dumps({"labelled_classes": {"k1.nii.gz": [7]}}))
     with pytest.raises(CohortError, match=r"labelled_classes is \[7\]"):
-        cohorts.open_site(folder)
+        site_folder.open_site(folder)
 
 
 # --- metrics ------------------------------------------------------------

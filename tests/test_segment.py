@@ -25,9 +25,9 @@ from torch import nn
 
 from fedkd_utils import files, metrics, segment, transforms
 from fedkd_utils.__main__ import main
-from fedkd_utils.cohorts import Item
 from fedkd_utils.errors import VolumeError
 from fedkd_utils.settings import QUICK
+from fedkd_utils.site_folder import Item
 
 SMALL = dataclasses.replace(QUICK, grid_shape=(8, 16, 16), grid_spacing_mm=(4.0, 2.0, 2.0))
 SPACING = (3.0, 1.3, 1.1)

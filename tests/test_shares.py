@@ -10,8 +10,8 @@ import torch
 from tiny import TINY
 
 from fedkd_utils import cohorts, shares, transforms
-from fedkd_utils.cohorts import Item, Site
 from fedkd_utils.errors import VolumeError
+from fedkd_utils.site_folder import Item, Site
 
 TEN = replace(TINY, client_labelled=2, client_unlabelled=8)
 
