@@ -88,16 +88,15 @@ def _hospitals(arguments: argparse.Namespace) -> None:
 
 
 def _cohort(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import cohorts
+    from fedkd_utils import cohorts, site_folder
 
     settings = PROFILES[arguments.profile]
     for setting in arguments.setting:
         cohort = cohorts.make_cohort(settings, setting, arguments.seed)
-        cohorts.assert_no_leakage(cohort)
+        site_folder.assert_no_leakage(cohort)
         for site in (cohort.repository, *cohort.clients):
-            print(
-                f"{setting:14s} {site.name:12s} {cohorts.scanner_title(site):40s} {site.counts}\n{'':15s}{site.folder}"
-            )
+            title = site_folder.scanner_title(site)
+            print(f"{setting:14s} {site.name:12s} {title:40s} {site.counts}\n{'':15s}{site.folder}")
 
 
 def _teacher(arguments: argparse.Namespace) -> None:

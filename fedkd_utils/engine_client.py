@@ -21,7 +21,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable
 
-from fedkd_utils import cohorts, transforms
+from fedkd_utils import site_folder, transforms
 from fedkd_utils.checkpoints import data_hash
 from fedkd_utils.clients import FederationError, check_site, client_update, signals_for
 from fedkd_utils.device import compute_device, repeatable
@@ -68,7 +68,7 @@ def site_on_disk(context: Context, settings: Settings) -> SiteData:
     """
     if "data" not in context.node_config:
         raise FederationError("This node was started without the folder of its volumes: see docs/hospital.md.")
-    return transforms.load_site(cohorts.open_site(str(context.node_config["data"])), settings)
+    return transforms.load_site(site_folder.open_site(str(context.node_config["data"])), settings)
 
 
 def client_app(open_site: OpenSite = site_on_disk) -> ClientApp:

@@ -37,6 +37,7 @@ from fedkd_utils.networks import (
 )
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder
+from fedkd_utils.site_folder import Cohort, Site
 from fedkd_utils.teacher import FROZEN, Teacher, TeacherUpdate, teacher_on
 from fedkd_utils.training import Progress, TrainingError, evaluate_cases
 from fedkd_utils.transforms import SiteData
@@ -78,7 +79,7 @@ class Result:
         return frame.astype({name: float for name in numbers} | {"class": int})
 
 
-def load_clients(cohort: cohorts.Cohort, settings: Settings) -> list[SiteData]:
+def load_clients(cohort: Cohort, settings: Settings) -> list[SiteData]:
     """All clients of a cohort on the grid, in memory."""
     return [transforms.load_site(site, settings) for site in cohort.clients]
 
@@ -129,7 +130,7 @@ def run_row(
 
 def run_sites(
     row: str,
-    cohort: cohorts.Cohort,
+    cohort: Cohort,
     settings: Settings,
     seed: int = 0,
     root: Path | None = None,
@@ -256,7 +257,7 @@ class _Ready:
 
     method: Method
     settings: Settings  # those of the row
-    cohort: cohorts.Cohort
+    cohort: Cohort
     teachers: tuple[Teacher, ...]  # those that the row may use: none, one, or the two of which it chooses
 
 
@@ -337,7 +338,7 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
 
 
 def _teacher(
-    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: cohorts.Site | None = None
+    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: Site | None = None
 ) -> Teacher:
     """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches.
 
@@ -354,7 +355,7 @@ def _inputs(
     setting: str,
     seed: int,
     settings: Settings,
-    cohort: cohorts.Cohort,
+    cohort: Cohort,
     teachers: Sequence[Teacher],
     teacher_update: TeacherUpdate,
 ) -> str:

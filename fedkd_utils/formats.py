@@ -21,7 +21,8 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.dataelem import RawDataElement
 
-from fedkd_utils.transforms import RIGHT_ANGLE_DEGREES, VolumeError, by_axis, checked_voxels, one_line, refuse_sheared
+from fedkd_utils.errors import VolumeError, one_line
+from fedkd_utils.transforms import RIGHT_ANGLE_DEGREES, by_axis, checked_voxels, refuse_sheared
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)  # what matters is raised as an error
 

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedkd_utils import transforms
-from fedkd_utils.cohorts import Item
 from fedkd_utils.settings import CLASS_NAMES
+from fedkd_utils.site_folder import Item
 
 Volume = ArrayLike | str | Path | Item
 

@@ -22,14 +22,13 @@ import pydicom
 from nibabel.processing import resample_from_to
 from numpy.typing import NDArray
 
-from fedkd_utils import cohorts
+from fedkd_utils import site_folder
+from fedkd_utils.errors import VolumeError, one_line
 from fedkd_utils.formats import hdf5_keys, is_dicom, read_dicom, read_hdf5, read_metaimage
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.transforms import (
-    VolumeError,
     checked_voxels,
     middle_mm,
-    one_line,
     read_nifti,
     read_volume,
     refuse_other_grid,
@@ -118,9 +117,9 @@ def _pair(image: Path | None, label: Path | None, mapping: Mapping[int, int]) ->
 
 def _site(folder: Path, mapping: Mapping[int, int], classes: tuple[int, ...] | None = None) -> list[Reading]:
     """A folder in the layout of the Decathlon or nnU-Net."""
-    site = cohorts.open_site(folder)
+    site = site_folder.open_site(folder)
     out = []
-    for split in (*cohorts.SPLITS, "left_out"):
+    for split in (*site_folder.SPLITS, "left_out"):
         for item in getattr(site, split):
             own = () if item.label is None else classes or item.labelled_classes
             load = partial(_pair, item.image, item.label, mapping)
@@ -396,12 +395,12 @@ def _patient(series: Path) -> str:
         name = str(header.get("PatientID") or "").strip()
     except Exception:  # damaged: loading says so
         return ""
-    return f"patient {cohorts.number_of(name)}" if name else ""
+    return f"patient {site_folder.number_of(name)}" if name else ""
 
 
 #: By name: the reader, and what tells its layout from the others (the first that fits).
 READERS: dict[str, tuple[Callable[[Path], list[Reading]], Callable[[Path], bool]]] = {
-    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob(cohorts.OAIZIB_CM))),
+    "oaizib_cm": (oaizib_cm, lambda f: any(f.glob(site_folder.OAIZIB_CM))),
     "nifti": (nifti_site, lambda f: (f / "imagesTr").is_dir() or (f / "imagesTs").is_dir()),
     "iwoai": (iwoai, lambda f: any(f.glob("*/*_V0?.im"))),
     "skm_tea": (skm_tea, lambda f: any(f.glob("image_files/MTR_*.h5")) or any(f.glob("v1-release/image_files/*.h5"))),
@@ -449,7 +448,7 @@ def read_set(folder: str | Path) -> list[Reading]:
 
     Raises:
         VolumeError: a folder in no known layout, or no volume in it.
-        CohortError: see :func:`cohorts.open_site`.
+        CohortError: see :func:`site_folder.open_site`.
     """
     folder = Path(folder)
     name = layout(folder)

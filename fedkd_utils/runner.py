@@ -16,6 +16,7 @@ import torch
 
 from fedkd_utils import cohorts, experiments, grids, records, shares, statistics
 from fedkd_utils.device import compute_device, device_title
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.files import write_atomically
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import RIVALS, ROWS
@@ -24,7 +25,7 @@ from fedkd_utils.provenance import NUMBERS, versions
 from fedkd_utils.records import Record
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
 from fedkd_utils.training import TrainingError
-from fedkd_utils.transforms import SiteData, VolumeError
+from fedkd_utils.transforms import SiteData
 
 #: The one grid of learning rates for every row, and the seed and the part of the rounds with which it is searched.
 LEARNING_RATES = (1e-3, 4e-3, 1.6e-2, 6.4e-2)

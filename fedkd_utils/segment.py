@@ -28,10 +28,11 @@ from torch import Tensor, nn
 
 from fedkd_utils import figures, formats, transforms
 from fedkd_utils.calibration import THICK_SLICES_MM, sheet_thickness_mm
+from fedkd_utils.errors import VolumeError, one_line
 from fedkd_utils.files import write_atomically, zipped
 from fedkd_utils.metrics import keep_largest_components
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
-from fedkd_utils.transforms import VolumeError, by_axis
+from fedkd_utils.transforms import by_axis
 
 Network = Callable[[Tensor], Tensor]
 
@@ -383,7 +384,7 @@ def check_outputs(
         try:
             tempfile.TemporaryFile(dir=out.parent).close()
         except OSError as error:
-            reason = error.strerror or transforms.one_line(error)
+            reason = error.strerror or one_line(error)
             raise OSError(f"{out}: cannot be written ({reason}). Write elsewhere.") from error
 
 

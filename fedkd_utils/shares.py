@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fedkd_utils import cohorts, transforms
-from fedkd_utils.cohorts import Cohort, Item, Site
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.settings import Settings
+from fedkd_utils.site_folder import Cohort, Item, Site
 from fedkd_utils.transforms import SiteData
 
 #: The labelled volumes of so many seeds do not overlap, when a fifth of the volumes is labelled.
@@ -34,7 +35,7 @@ def _share(site: Site, settings: Settings, seed: int) -> Site:
     labelled, unlabelled = settings.client_labelled, settings.client_unlabelled
     ring = [*site.training, *(replace(item, label=cohorts.hidden_label(item)) for item in site.unlabelled)]
     if len(ring) < labelled + unlabelled or len(site.training) < labelled and not _all_known(ring):
-        raise transforms.VolumeError(
+        raise VolumeError(
             f"{site.folder}: {len(site.training)} labelled and {len(site.unlabelled)} unlabelled volumes, but the "
             f"settings ask for {labelled} and {unlabelled}. Add volumes, or ask for fewer."
         )
@@ -62,7 +63,7 @@ def pooled_site(cohort: Cohort, settings: Settings) -> SiteData:
         hidden = [replace(item, label=cohorts.hidden_label(item)) for item in site.unlabelled]
         missing = [item.label for item in hidden if item.label is not None and not item.label.is_file()]
         if missing:
-            raise transforms.VolumeError(
+            raise VolumeError(
                 f"{missing[0]}: no hidden truth, so nothing can be pooled. Leave the row out for a cohort of your own."
             )
         labelled += [*site.training, *hidden]

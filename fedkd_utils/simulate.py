@@ -19,11 +19,12 @@ from scipy import ndimage
 from fedkd_utils import acquisition, anatomy, sites, transforms
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
-from fedkd_utils.cohorts import CLIENT_SCANNERS, number_of
+from fedkd_utils.cohorts import CLIENT_SCANNERS
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.files import folder_in_one_step
 from fedkd_utils.settings import CARTILAGES
+from fedkd_utils.site_folder import number_of
 from fedkd_utils.sites import Entry
-from fedkd_utils.transforms import VolumeError
 
 #: The values of a map, as the Queensland maps, OAI-ZIB and SKI10 have them -> tissue; 7 to 9 are lesions of bone.
 TISSUE_OF_VALUE = {

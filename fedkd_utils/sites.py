@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkd_utils import cohorts, figures, readers, segment, transforms
-from fedkd_utils.cohorts import Cohort, Site
+from fedkd_utils import cohorts, figures, readers, segment, site_folder, transforms
+from fedkd_utils.errors import VolumeError, one_line, printable
 from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.readers import Loaded, Reading
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
-from fedkd_utils.transforms import VolumeError, by_axis, middle_mm, one_line
+from fedkd_utils.site_folder import Cohort, Site
+from fedkd_utils.transforms import by_axis, middle_mm
 
 #: The site that teaches, where there is one.
 REPOSITORY = "repository"
@@ -60,7 +61,7 @@ VISIT_OR_SIDE = re.compile(
     r"|(?:19|20)\d\d[-_]?\d\d[-_]?\d\d|l|r|left|right)(?=[-_. ]|$)|(?<=\d)[lr](?=[-_. ]|$)"
 )
 
-#: Layouts that :func:`cohorts.open_site` reads.
+#: Layouts that :func:`site_folder.open_site` reads.
 OPENED = ("nifti", "oaizib_cm")
 
 Progress = Callable[[str], None]
@@ -104,7 +105,7 @@ class Report:
 
     def add(self, level: str, text: str) -> None:
         """Add a finding, in characters that any terminal and file takes."""
-        self.findings.append(Finding(level, cohorts.printable(text)))
+        self.findings.append(Finding(level, printable(text)))
 
     @property
     def errors(self) -> list[Finding]:
@@ -168,7 +169,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder that holds one folder per site.")
     if readers.layout(folder) not in (None, "dicom"):
-        return {cohorts.printable(folder.resolve().name): folder}
+        return {printable(folder.resolve().name): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and readers.layout(p)]
     if not inside and readers.layout(folder):
         inside = [folder]
@@ -176,7 +177,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
         raise VolumeError(
             f"{folder}: no site in it. Make one folder per site with imagesTr and labelsTr, or an unpacked set."
         )
-    return {cohorts.printable(path.resolve().name): path for path in inside}
+    return {printable(path.resolve().name): path for path in inside}
 
 
 def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
@@ -252,20 +253,20 @@ def _warn_of_names(report: Report, site: str, path: Path, found: Sequence[Readin
     for reading in found:
         person = VISIT_OR_SIDE.sub("", reading.name)
         other = seen.setdefault(person, reading)
-        told = cohorts.is_named(reading.subject) and cohorts.is_named(other.subject)
+        told = site_folder.is_named(reading.subject) and site_folder.is_named(other.subject)
         if person and other.subject != reading.subject and not told:
             pairs.append(f"{other.name} and {reading.name}")
     if pairs:
         text = f"{path}: {pairs[0]} look like visits or sides of one person, but count as two people"
         more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
         report.add("warning", f"{text}{more}. Say in `subjects` of dataset.json who is who.")
-    others = cohorts.passed_over(path) if report.layouts[site] in OPENED else []
+    others = site_folder.passed_over(path) if report.layouts[site] in OPENED else []
     if others:
         names = ", ".join([str(other.relative_to(path)) for other in others[:3]] + [".."] * (len(others) > 3))
         text = f"{path}: not read, since their names do not end in .nii or .nii.gz in small letters: {names}"
         report.add("warning", f"{text} ({len(others)} in all). Convert or rename them, or move them away.")
     for reading in found:
-        if (name := reading.path.name) != cohorts.printable(name):
+        if (name := reading.path.name) != printable(name):
             text = "characters in its name that are no UTF-8 or cannot be printed"
             report.add("warning", f"{reading.path}: {text}, so it is called {reading.name} here. Rename it.")
 
@@ -512,7 +513,7 @@ def prepare_sites(
         notes = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in report.findings)
         page = "<!doctype html><meta charset=utf-8><title>Prepared sites</title>" + notes + "".join(pages)
         write_atomically(building / "preview.html", page.encode())
-    return Prepared({site: cohorts.open_site(out / site) for site in found}, crops, report.findings)
+    return Prepared({site: site_folder.open_site(out / site) for site in found}, crops, report.findings)
 
 
 def _stop(report: Report) -> None:
@@ -540,13 +541,13 @@ def write_site(folder: Path, description: str, volumes: Iterable[Entry]) -> None
     Raises:
         OSError: it cannot be written; names the file.
     """
-    files: dict[str, list[str]] = {split: [] for split in cohorts.SPLITS}
+    files: dict[str, list[str]] = {split: [] for split in site_folder.SPLITS}
     classes: dict[str, list[int]] = {}
     people: dict[str, int] = {}
     for volume in volumes:
         file, half = f"{volume.name}.nii.gz", "Ts" if volume.split == "test" else "Tr"
         write_atomically(folder / f"images{half}" / file, nifti_bytes(volume.image, volume.affine))
-        people[file] = cohorts.number_kept(volume.person)
+        people[file] = site_folder.number_kept(volume.person)
         files[volume.split if volume.label is not None else "unlabelled"].append(file)
         if volume.label is not None:
             write_atomically(folder / f"labels{half}" / file, nifti_bytes(volume.label, volume.affine))
@@ -628,7 +629,7 @@ def _write_prepared(
     size = f"{by_axis(settings.grid_shape)} voxels of {by_axis(settings.grid_spacing_mm)} mm"
     write_site(target, f"{layout}, {size}", watched())
     lines = "".join(f"<li>{html.escape(f'{crop.name}: {crop.text}')}</li>" for crop in crops)
-    words = f"{layout}: {cohorts.open_site(target).counts}; {size}"
+    words = f"{layout}: {site_folder.open_site(target).counts}; {size}"
     page = f"<h1>{html.escape(target.name)}</h1><p>{html.escape(words)}</p><ul>{lines}</ul>"
     return crops, page + "".join(pictures[True] + pictures[False])
 
@@ -687,16 +688,16 @@ def open_sites(folder: str | Path) -> Cohort:
 
     Raises:
         FileNotFoundError, VolumeError: no folder, no site, or one that has to be prepared first.
-        CohortError: see :func:`cohorts.open_site`; also one person in two splits or sites, or one content twice.
+        CohortError: see :func:`site_folder.open_site`; also one person in two splits or sites, or one content twice.
     """
     found = site_folders(folder)
     for path in found.values():
         if readers.layout(path) != "nifti":
             raise VolumeError(f"{path}: the layout of {readers.layout(path)}. Run `prepare` first.")
-    opened = {name: cohorts.open_site(path) for name, path in found.items()}
+    opened = {name: site_folder.open_site(path) for name, path in found.items()}
     repository = opened.pop(REPOSITORY, Site(REPOSITORY, Path(folder), (), (), (), ()))
     if not opened:
         raise VolumeError(f"{folder}: a repository without clients. Add a folder for each hospital.")
     cohort = Cohort(repository, tuple(opened.values()), "own")
-    cohorts.assert_no_leakage(cohort)
+    site_folder.assert_no_leakage(cohort)
     return cohort

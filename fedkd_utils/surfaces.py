@@ -23,10 +23,10 @@ from plotly.subplots import make_subplots
 
 from fedkd_utils import acquisition, anatomy, figures, meshes, rendering
 from fedkd_utils.acquisition import SCANNERS
-from fedkd_utils.cohorts import Item
 from fedkd_utils.meshes import Mesh
 from fedkd_utils.opened import opened
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
+from fedkd_utils.site_folder import Item
 from fedkd_utils.viewer import show_both
 
 Colour = Literal["class", "distance", "thickness"]

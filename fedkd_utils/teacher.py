@@ -34,6 +34,7 @@ from fedkd_utils.networks import (
 from fedkd_utils.provenance import code_hash, files_hash, versions
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import CARTILAGES, Settings, cache_folder
+from fedkd_utils.site_folder import Site
 from fedkd_utils.training import (
     Progress,
     TrainingLog,
@@ -144,7 +145,7 @@ def teacher_for(
 
 
 def teacher_on(
-    repository: cohorts.Site,
+    repository: Site,
     settings: Settings,
     seed: int = 0,
     root: Path | None = None,
@@ -182,7 +183,7 @@ def teacher_on(
     return _teacher(network, path, facts, repository)
 
 
-def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: cohorts.Site) -> Teacher:
+def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repository: Site) -> Teacher:
     taught = {c for item in repository.training for c in item.labelled_classes}
     return Teacher(
         network=network,
@@ -196,7 +197,7 @@ def _teacher(network: TappedNetwork, path: Path, facts: Mapping[str, Any], repos
     )
 
 
-def _cache_key(repository: cohorts.Site, settings: Settings, seed: int) -> str:
+def _cache_key(repository: Site, settings: Settings, seed: int) -> str:
     files = [path for item in (*repository.training, *repository.validation) for path in (item.image, item.label)]
     parts = {
         "settings": {name: getattr(settings, name) for name in _TEACHER_SETTINGS},

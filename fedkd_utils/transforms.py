@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkd_utils.cohorts import Item, Site
+from fedkd_utils.errors import VolumeError, one_line
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings
+from fedkd_utils.site_folder import Item, Site
 
 #: How far the corner of a label may lie from that of its image: headers round.
 SAME_PLACE_MM = 0.1
@@ -31,16 +32,6 @@ RIGHT_ANGLE_DEGREES = 1.0
 
 #: How far apart the two places that a NIfTI header may give, its qform and its sform, may put a corner: headers round.
 TWO_PLACES_MM = 1.0
-
-
-class VolumeError(ValueError):
-    """A volume that cannot be used; the message names the file, the fault and the remedy."""
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, at most some lines of a terminal long."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 600 else text[:597] + "..."
 
 
 def by_axis(values: Iterable[float]) -> str:

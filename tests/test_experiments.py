@@ -26,6 +26,7 @@ from fedkd_utils import (
     transforms,
 )
 from fedkd_utils.acquisition import Scan, Scanner
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.experiments import Result
 from fedkd_utils.methods import ROWS
 
@@ -176,7 +177,7 @@ def test_pooled_trains_once_on_every_volume_with_its_hidden_label(cache: Path) -
     hidden = cohorts.hidden_label(cohort.clients[0].unlabelled[0])
     content = hidden.read_bytes()
     hidden.unlink()
-    with pytest.raises(transforms.VolumeError, match="no hidden truth"):
+    with pytest.raises(VolumeError, match="no hidden truth"):
         shares.pooled_site(cohort, TINY)
     hidden.write_bytes(content)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from fedkd_utils import formats
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.errors import VolumeError
 
 RNG = np.random.default_rng(0)
 

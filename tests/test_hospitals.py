@@ -26,7 +26,7 @@ from hospital_data import NAMES, write_hospitals
 from test_federation import equal
 from tiny import TINY
 
-from fedkd_utils import cohorts, experiments, federation, hospital_keys, hospitals, networks, teacher, transforms
+from fedkd_utils import experiments, federation, hospital_keys, hospitals, networks, site_folder, teacher, transforms
 from fedkd_utils.clients import FederationError
 from fedkd_utils.engine_connections import Order
 from fedkd_utils.engine_messages import HELLO, SEND_TEACHER, TRAIN, Job
@@ -74,7 +74,7 @@ def report_of(order: Path) -> Report:
 
 
 def simulated(row: str, folders: dict[str, Path]) -> federation.FederationResult:
-    sites = [transforms.load_site(cohorts.open_site(folders[name]), TINY) for name in NAMES]
+    sites = [transforms.load_site(site_folder.open_site(folders[name]), TINY) for name in NAMES]
     return federation.run_federation(TINY, row, sites, TAUGHT, 0)
 
 

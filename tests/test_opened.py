@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
-from fedkd_utils.cohorts import Item
 from fedkd_utils.opened import opened
+from fedkd_utils.site_folder import Item
 
 SHAPE, SPACING = (6, 20, 30), (4.0, 1.5, 1.0)
 #: Every way to store three axes: 48.

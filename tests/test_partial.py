@@ -13,8 +13,20 @@ import pytest
 import torch
 from test_federation import SHAPE, TINY, equal, knees, site
 
-from fedkd_utils import clients, cohorts, federation, losses, metrics, networks, server, teacher, training, transforms
+from fedkd_utils import (
+    clients,
+    federation,
+    losses,
+    metrics,
+    networks,
+    server,
+    site_folder,
+    teacher,
+    training,
+    transforms,
+)
 from fedkd_utils.clients import FederationError, Update
+from fedkd_utils.errors import CohortError
 from fedkd_utils.federation import FederationResult
 from fedkd_utils.methods import ROWS
 from fedkd_utils.objectives import Batch, dual_distillation
@@ -125,12 +137,12 @@ def test_a_site_on_disk_knows_the_classes_of_every_volume(tmp_path: Path) -> Non
             nib.save(nib.Nifti1Image(array, affine), folder / kind / f"k{number}.nii.gz")
     facts = {"labelled_classes": {"k1.nii.gz": [1, 2], "k2": [2]}}
     (folder / "dataset.json").write_text(json.dumps(facts))
-    data = transforms.load_site(cohorts.open_site(folder), TINY)
+    data = transforms.load_site(site_folder.open_site(folder), TINY)
     assert data.classes_by_volume == (ALL, NO_PATELLA, (2,)) and data.labelled_classes == ALL
     assert data.class_shares == {1: pytest.approx(2 / 3), 3: pytest.approx(1 / 3)}
     (folder / "dataset.json").write_text(json.dumps({"labelled_classes": {"k1.nii.gz": [7]}}))
-    with pytest.raises(cohorts.CohortError, match=r"labelled_classes is \[7\]"):
-        cohorts.open_site(folder)
+    with pytest.raises(CohortError, match=r"labelled_classes is \[7\]"):
+        site_folder.open_site(folder)
 
 
 # --- metrics ------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from test_formats import grey, hdf5, metaimage, sagittal_series
 
 from fedkd_utils import formats, readers
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.errors import VolumeError
 
 RNG = np.random.default_rng(0)
 

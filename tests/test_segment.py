@@ -23,9 +23,11 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from torch import nn
 
-from fedkd_utils import cohorts, files, metrics, segment, transforms
+from fedkd_utils import files, metrics, segment, transforms
 from fedkd_utils.__main__ import main
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.settings import QUICK
+from fedkd_utils.site_folder import Item
 
 SMALL = dataclasses.replace(QUICK, grid_shape=(8, 16, 16), grid_spacing_mm=(4.0, 2.0, 2.0))
 SPACING = (3.0, 1.3, 1.1)
@@ -161,7 +163,7 @@ def test_a_volume_of_one_window_looks_as_it_does_in_training(tmp_path, shape):
     assert result.label.shape == shape
     windows = torch.cat(seen)
     if len(windows) == 1:
-        case = transforms.load_case(cohorts.Item("knee", 0, path, None, (1, 2, 3)), settings)
+        case = transforms.load_case(Item("knee", 0, path, None, (1, 2, 3)), settings)
         torch.testing.assert_close(windows[0], case.image, rtol=1e-4, atol=1e-4)
     assert (len(windows) == 1) == (shape[1] * SPACING[1] < 49 and shape[2] * SPACING[2] < 49)
 
@@ -344,7 +346,7 @@ def test_a_bad_file_is_refused_in_one_line_that_names_it(tmp_path, kind):
 def test_a_missing_file_or_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"gone\.nii\.gz: no such file"):
         segment.segment_volume(tmp_path / "gone.nii.gz", Lopsided(), SMALL)
-    with pytest.raises(transforms.VolumeError, match="no DICOM image series"):
+    with pytest.raises(VolumeError, match="no DICOM image series"):
         segment.read_volume(tmp_path)
     path = save(tmp_path / "a.nii", IMAGE)
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
@@ -462,7 +464,7 @@ def test_the_picture_shows_the_outlines_and_does_not_depend_on_the_orientation(t
     volume = segment.read_volume(save(tmp_path / "v.nii", IMAGE))
     segment.preview(volume, 0 * label, tmp_path / "p.png")
     assert reddish(tmp_path / "p.png") == 0
-    with pytest.raises(transforms.VolumeError, match="shape"):
+    with pytest.raises(VolumeError, match="shape"):
         segment.preview(volume, label[1:], tmp_path / "p.png")
 
 

@@ -10,12 +10,13 @@ import torch
 from tiny import TINY
 
 from fedkd_utils import cohorts, shares, transforms
-from fedkd_utils.cohorts import Site
+from fedkd_utils.errors import VolumeError
+from fedkd_utils.site_folder import Item, Site
 
 TEN = replace(TINY, client_labelled=2, client_unlabelled=8)
 
 
-def names(items: tuple[cohorts.Item, ...]) -> list[str]:
+def names(items: tuple[Item, ...]) -> list[str]:
     return [item.name for item in items]
 
 
@@ -76,7 +77,7 @@ def test_more_volumes_are_the_same_and_others(cache: Path, seed: int) -> None:
 
 
 def test_too_many_volumes_are_refused(cache: Path) -> None:
-    with pytest.raises(transforms.VolumeError, match="2 labelled and 8 unlabelled volumes, but the settings ask for 4"):
+    with pytest.raises(VolumeError, match="2 labelled and 8 unlabelled volumes, but the settings ask for 4"):
         shared(cache, client_labelled=4, client_unlabelled=8)
 
 
@@ -92,6 +93,6 @@ def test_the_pool_holds_every_volume_once_with_its_own_label(cache: Path, seed: 
 def test_without_hidden_truth_the_files_decide(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cohorts, "hidden_label", lambda item: tmp_path / "nowhere")
     assert names(shared(cache, 3).training) == names(shared(cache, 0).training)
-    with pytest.raises(transforms.VolumeError, match="no hidden truth"):
+    with pytest.raises(VolumeError, match="no hidden truth"):
         cohort = cohorts.make_cohort(TEN, "paper_like", root=cache)
         shares.pooled_site(shares.share(cohort, TEN), TEN)

@@ -14,7 +14,7 @@ from fedkd_utils import acquisition, anatomy, simulate, sites
 from fedkd_utils.__main__ import main
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
-from fedkd_utils.transforms import VolumeError
+from fedkd_utils.errors import VolumeError
 
 SUBJECT, SHAPE, SPACING = 3, (100, 120, 120), (1.0, 0.9, 0.9)
 CARTILAGE = {2: anatomy.FEMORAL, 4: anatomy.TIBIAL, 6: anatomy.PATELLAR}

@@ -24,11 +24,11 @@ from test_formats import metaimage, sagittal_series
 from test_segment import bright, with_header
 from tiny import TINY
 
-from fedkd_utils import cohorts, experiments, networks, segment, sites, transforms
+from fedkd_utils import experiments, networks, segment, site_folder, sites, transforms
 from fedkd_utils.__main__ import main
+from fedkd_utils.errors import CohortError, VolumeError
 from fedkd_utils.files import nifti_bytes
 from fedkd_utils.readers import Reading
-from fedkd_utils.transforms import VolumeError
 
 SPACING = (4.0, 1.2, 1.2)
 SHAPE = (10, 30, 32)
@@ -357,9 +357,9 @@ def test_volumes_held_out_without_a_label_are_said_and_trained_on_by_nobody(two:
     ] and not report.errors
     assert len(report.facts["north"]) == 8  # they are read, too
     made = sites.prepare_sites(two, two.parent / "out", OWN).sites
-    north = {part: {item.name for item in getattr(made["north"], part)} for part in cohorts.SPLITS}
+    north = {part: {item.name for item in getattr(made["north"], part)} for part in site_folder.SPLITS}
     assert set.union(*north.values()) == {"k0", "k1", "k2", "k3"} and not north["unlabelled"] and north["test"]
-    challenge = {part: [item.name for item in getattr(made["iwoai"], part)] for part in cohorts.SPLITS}
+    challenge = {part: [item.name for item in getattr(made["iwoai"], part)] for part in site_folder.SPLITS}
     assert challenge["validation"] == ["valid_003_V00"] and challenge["unlabelled"] == []
     assert len(challenge["training"]) == 2 and challenge["test"][0].startswith("train_")  # drawn: its own is blind
 
@@ -370,7 +370,7 @@ def test_splits_do_not_depend_on_where_the_sites_lie(two: Path) -> None:
     moved = two.rename(two.parent / "far" / "away" / "data")
     second = sites.prepare_sites(moved, moved.parent / "out", OWN)
     for name in first.sites:
-        for part in cohorts.SPLITS:
+        for part in site_folder.SPLITS:
             assert [(i.name, i.subject) for i in getattr(first.sites[name], part)] == [
                 (i.name, i.subject) for i in getattr(second.sites[name], part)
             ]
@@ -772,5 +772,5 @@ def test_sites_that_are_not_in_the_layout_have_to_be_prepared(two: Path) -> None
         sites.open_sites(two)
     shutil.rmtree(two / "ski")
     shutil.copytree(two / "north", two / "west")
-    with pytest.raises(cohorts.CohortError, match="same content twice"):
+    with pytest.raises(CohortError, match="same content twice"):
         sites.open_sites(two)

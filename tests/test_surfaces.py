@@ -12,9 +12,9 @@ from PIL import Image
 from scipy import ndimage, sparse
 
 from fedkd_utils import acquisition, anatomy, cohorts, figures, meshes, rendering, surfaces, viewer
-from fedkd_utils.cohorts import Item
 from fedkd_utils.opened import opened
 from fedkd_utils.settings import QUICK
+from fedkd_utils.site_folder import Item
 
 matplotlib.use("Agg")
 LATTICES = [((60, 60, 60), (1.0, 1.0, 1.0)), ((30, 60, 60), (2.0, 1.0, 1.0)), ((16, 50, 50), (4.0, 1.2, 1.2))]

@@ -20,9 +20,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fedkd_utils import transforms
-from fedkd_utils.cohorts import Item, Site
+from fedkd_utils.errors import VolumeError
 from fedkd_utils.settings import QUICK
-from fedkd_utils.transforms import VolumeError, axis_weights, from_grid, label_to_grid, load_case, load_site, to_grid
+from fedkd_utils.site_folder import Item, Site
+from fedkd_utils.transforms import axis_weights, from_grid, label_to_grid, load_case, load_site, to_grid
 
 SMALL = replace(QUICK, grid_shape=(8, 16, 16), grid_spacing_mm=(4.0, 2.0, 2.0))
 RAS = nib.orientations.axcodes2ornt("RAS")
