@@ -40,6 +40,9 @@ _CODE = code_hash(DATA_CODE)
 #: The scanner of each client, in turn.
 CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
 
+#: Beside the clients: the truth of their unlabelled volumes.
+HIDDEN = "hidden"
+
 #: The visit: every volume of a cohort is a subject's first scan, and no subject is scanned twice in one cohort.
 SCAN_SEED = 1
 
@@ -198,7 +201,7 @@ def make_cohort(
 def hidden_label(item: Item) -> Path:
     """Where the truth of an unlabelled volume of a made cohort is: for :mod:`shares` only."""
     own = item.image.parents[1] / "labelsTr" / item.image.name  # when the site did label it, and a run leaves it out
-    return own if own.is_file() else item.image.parents[2] / "hidden" / "labelsTr" / item.image.name
+    return own if own.is_file() else item.image.parents[2] / HIDDEN / "labelsTr" / item.image.name
 
 
 # --- making ------------------------------------------------------------
@@ -211,7 +214,7 @@ def _orders(plan: Plan) -> list[_Order]:
             for subject in subjects:
                 file = f"knee_{subject:05d}.nii.gz"
                 half = "Ts" if split == "test" else "Tr"
-                label = f"hidden/labelsTr/{file}" if split == "unlabelled" else f"{site}/labels{half}/{file}"
+                label = f"{HIDDEN}/labelsTr/{file}" if split == "unlabelled" else f"{site}/labels{half}/{file}"
                 orders.append(_Order(subject, scanner, SCAN_SEED, f"{site}/images{half}/{file}", label))
     return orders
 

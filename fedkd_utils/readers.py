@@ -368,7 +368,7 @@ def dicom_folder(folder: Path) -> list[Reading]:
     return [
         Reading(
             "_".join(p.relative_to(folder).parts) or p.resolve().name,
-            f"dicom/{folder.resolve().name}/{_patient(p) or p.relative_to(folder).as_posix()}",
+            _patient(folder, p),
             "",
             (),
             p,
@@ -387,15 +387,17 @@ def _first_dicom(folder: Path) -> Path | None:
     return next((path for path in sorted(folder.iterdir())[:50] if is_dicom(path)), None)
 
 
-def _patient(series: Path) -> str:
-    """A number made of the PatientID of a series, which is shown nowhere itself; "" where there is none."""
+def _patient(folder: Path, series: Path) -> str:
+    """The person of a series: a number made of its PatientID, which is shown nowhere itself; without one its own."""
     try:
         with warnings.catch_warnings(action="ignore"):
             header = pydicom.dcmread(str(_first_dicom(series)), stop_before_pixels=True, specific_tags=["PatientID"])
         name = str(header.get("PatientID") or "").strip()
     except Exception:  # damaged: loading says so
-        return ""
-    return f"patient {site_folder.number_of(name)}" if name else ""
+        name = ""
+    if not name:
+        return str(site_folder.own_number(folder, series.relative_to(folder).as_posix()))
+    return f"dicom/{folder.resolve().name}/patient {site_folder.number_of(name)}"
 
 
 #: By name: the reader, and what tells its layout from the others (the first that fits).

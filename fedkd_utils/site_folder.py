@@ -363,8 +363,8 @@ def open_site(folder: str | Path) -> Site:
 
     Raises:
         CohortError: no volume, something called like one that is no file, a second channel, a label without an image,
-            an unreadable ``dataset.json``, or one that lists a file that is not there, or names classes or subjects
-            that are none or of no file, or numbers the classes in another way.
+            an unreadable ``dataset.json``, or one that lists a file that is not there or in two splits, or names
+            classes or subjects that are none or of no file, or numbers the classes in another way.
     """
     folder = Path(folder)
     (images, labels), (tests, test_labels) = ((_volumes(folder / a), _volumes(folder / b)) for a, b in HALVES)
@@ -380,6 +380,11 @@ def open_site(folder: str | Path) -> Site:
     for file in (file for files in listed.values() for file in files):
         if not _is_there(folder / file):
             raise CohortError(f"{described}: lists {file}, which is not there. Add the file or drop the entry.")
+    parts_of: dict[str, str] = {}
+    for part, files in listed.items():
+        for name in sorted({_bare(Path(file).name) for file in files}):
+            if (other := parts_of.setdefault(name, part)) != part:
+                raise CohortError(f"{described}: lists {name} in {other} and in {part}. Keep it in one of them.")
     for kind, owners, owned in (("imagesTr", images, labels), ("imagesTs", tests, test_labels)):
         _refuse_channels(owners, owned)
         for name in owned.keys() - owners.keys():
@@ -409,14 +414,14 @@ def open_site(folder: str | Path) -> Site:
         out = []
         for name, image in (images | tests).items():
             if split_of[name] == split:
-                number = subjects[name] if name in subjects else _own_number(folder, name)
+                number = subjects[name] if name in subjects else own_number(folder, name)
                 out.append(Item(name, number, image, known.get(name), classes_of.get(name, classes)))
         return tuple(out)
 
     return Site(printable(folder.resolve().name), folder, *(items(split) for split in (*SPLITS, "left_out")))
 
 
-def _own_number(folder: Path, name: str) -> int:
+def own_number(folder: Path, name: str) -> int:
     """The subject of a volume whose subject nobody names: nobody else, also among sites of other names.
 
     Of the site's name and not its place: a folder that is moved keeps its people, and with them its splits.

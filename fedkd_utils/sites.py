@@ -209,7 +209,7 @@ def _begin(report: Report, folder: str | Path) -> dict[str, Path]:
     """The sites of a folder; a sub-folder that is none is reported."""
     found = site_folders(folder)
     for path in sorted(Path(folder).iterdir()) if Path(folder) not in found.values() else []:
-        if path.is_dir() and path not in found.values() and path.name[0] != ".":
+        if path.is_dir() and path not in found.values() and path.name[0] != "." and path.name != cohorts.HIDDEN:
             text = f"{path}: in no layout that is known here, so it is left out. Put images in imagesTr."
             report.add("warning", text)
     return found
@@ -259,7 +259,13 @@ def _warn_of_names(report: Report, site: str, path: Path, found: Sequence[Readin
     if pairs:
         text = f"{path}: {pairs[0]} look like visits or sides of one person, but count as two people"
         more = f" ({len(pairs)} such pairs)" if len(pairs) > 1 else ""
-        report.add("warning", f"{text}{more}. Say in `subjects` of dataset.json who is who.")
+        way = "Give both one PatientID" if report.layouts[site] == "dicom" else "Say in `subjects` of dataset.json"
+        report.add("warning", f"{text}{more}. {way}, if they are one.")
+    strangers = [reading.path.name for reading in found if not site_folder.is_named(reading.subject)]
+    if report.layouts[site] == "dicom" and len(strangers) > 1:
+        text = f"{path}: {len(strangers)} series without a PatientID ({', '.join(strangers[:3])}"
+        more = ", .." if len(strangers) > 3 else ""
+        report.add("warning", f"{text}{more}) count as people of their own. Are some of them of one person?")
     others = site_folder.passed_over(path) if report.layouts[site] in OPENED else []
     if others:
         names = ", ".join([str(other.relative_to(path)) for other in others[:3]] + [".."] * (len(others) > 3))
@@ -685,6 +691,8 @@ def _picture(
 
 def open_sites(folder: str | Path) -> Cohort:
     """A reader's own sites as a cohort: the one called "repository" teaches; without one the repository is empty.
+
+    Copies are found only where their voxels are stored alike: :func:`check_sites` looks closer.
 
     Raises:
         FileNotFoundError, VolumeError: no folder, no site, or one that has to be prepared first.

@@ -213,6 +213,10 @@ def test_site_without_any_volume_is_refused(tmp_path: Path) -> None:
     ("facts", "words"),
     [
         ({"training": [{"image": "./imagesTr/z.nii.gz"}]}, "lists ./imagesTr/z.nii.gz, which is not there"),
+        (
+            {"training": [{"image": "./imagesTr/a.nii.gz"}], "validation": ["imagesTr/a_0000.nii.gz"]},
+            "lists a in training and in validation. Keep it in one",
+        ),
         ({"test": ["imagesTs/z.nii.gz"]}, "lists imagesTs/z.nii.gz"),
         ({"labelled_classes": [1, 9]}, r"labelled_classes is \[1, 9\]"),
         ({"labelled_classes": []}, "labelled_classes"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import torch
 from hypothesis import HealthCheck, given
@@ -255,10 +256,33 @@ def test_names_that_differ_in_visit_or_side_ask_for_subjects(two: Path, pair: st
         (two / f"north/labelsTr/k{k}.nii.gz").rename(two / f"north/labelsTr/{name}.nii.gz")
     (finding,) = sites.check_sites(two).findings
     assert finding.level == "warning" and f"{names[0]} and {names[1]} look like visits" in finding.text
-    assert str(two / "north") in finding.text and "`subjects` of dataset.json" in finding.text
+    assert str(two / "north") in finding.text and "Say in `subjects` of dataset.json" in finding.text
     for people in (("P1", "P1"), (1, 2)):  # somebody who says that they are two people is believed
         (two / "north/dataset.json").write_text(json.dumps({"subjects": dict(zip(names, people, strict=True))}))
         assert not [finding for finding in sites.check_sites(two).findings if "look like visits" in finding.text]
+
+
+def test_series_without_a_patient_are_asked_about(two: Path) -> None:
+    for name in ("P1_V00", "P1_V01", "P2"):
+        sagittal_series(two / "scans" / name, knee(len(name))[0], patient="")
+    texts = [finding.text for finding in sites.check_sites(two).findings if "scans: " in finding.text]
+    assert any("P1_V00 and P1_V01 look like visits" in text and "one PatientID" in text for text in texts)
+    assert any("3 series without a PatientID (P1_V00, P1_V01, P2) count as people of their own" in t for t in texts)
+    for series in (two / "scans").iterdir():
+        for path in series.iterdir():
+            header = pydicom.dcmread(path)
+            header.PatientID = series.name[:2]
+            header.save_as(path)
+    texts = [finding.text for finding in sites.check_sites(two).findings]
+    assert not [text for text in texts if "look like visits" in text or "PatientID" in text]
+
+
+def test_what_a_made_cohort_hides_is_no_site(two: Path) -> None:
+    (two / "hidden/labelsTr").mkdir(parents=True)
+    assert not sites.check_sites(two).findings
+    (two / "other").mkdir()
+    (finding,) = sites.check_sites(two).findings
+    assert "other: in no layout that is known" in finding.text
 
 
 def test_people_whom_nobody_named_are_still_that_after_prepare(two: Path, tmp_path: Path) -> None:
