@@ -146,10 +146,10 @@ def _note() -> Callable[[str], None] | None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from fedkd_utils import sites
+    from fedkd_utils import prepare
 
     settings = PROFILES[arguments.profile]
-    made = sites.prepare_sites(
+    made = prepare.prepare_sites(
         arguments.folder,
         arguments.out,
         settings,

@@ -16,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedkd_utils import acquisition, anatomy, sites, transforms
+from fedkd_utils import acquisition, anatomy, prepare, sites, transforms
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
 from fedkd_utils.cohorts import CLIENT_SCANNERS
 from fedkd_utils.errors import VolumeError
 from fedkd_utils.files import folder_in_one_step
+from fedkd_utils.prepare import Entry
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.site_folder import number_of
-from fedkd_utils.sites import Entry
 
 #: The values of a map, as the Queensland maps, OAI-ZIB and SKI10 have them -> tissue; 7 to 9 are lesions of bone.
 TISSUE_OF_VALUE = {
@@ -206,7 +206,7 @@ def simulate_sites(
         for site, own in dealt.items():
             teaches = site == sites.REPOSITORY
             scanner = SCANNERS["repository_dess" if teaches else next(clinics)]
-            sites.write_site(
+            prepare.write_site(
                 building / site,
                 f"Real label maps through a simulated scanner: {scanner.title}",
                 _scans(maps, _splits(own, teaches), scanner, progress),

@@ -9,7 +9,7 @@ import numpy as np
 from tiny import blobs
 
 from fedkd_utils.acquisition import SCANNERS
-from fedkd_utils.sites import Entry, write_site
+from fedkd_utils.prepare import Entry, write_site
 
 NAMES = ("east", "north", "south")
 SPLITS = ("training", "unlabelled", "unlabelled", "validation", "test")

@@ -25,7 +25,7 @@ from test_formats import metaimage, sagittal_series
 from test_segment import bright, with_header
 from tiny import TINY
 
-from fedkd_utils import experiments, networks, segment, site_folder, sites, transforms
+from fedkd_utils import experiments, networks, prepare, segment, site_folder, sites, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.errors import CohortError, VolumeError
 from fedkd_utils.files import nifti_bytes
@@ -326,7 +326,7 @@ def test_volumes_of_slanted_voxels_are_those_of_the_determinant() -> None:
     slanted[0, 1] = 1.2  # a column of 1.7 mm, voxels as large as before
     report = sites.Report(facts={"north": []})
     reading = Reading("k", "1", "", (1, 2, 3), Path("k.nii.gz"), lambda: (*knee(0), slanted))
-    assert sites._inspect(report, "north", reading, None) is not None
+    assert sites.inspect(report, "north", reading, None) is not None
     (facts,) = report.facts["north"]
     assert facts.volumes_ml[2] == pytest.approx((knee(0)[1] == 2).sum() * 4 * 1.2 * 1.2 / 1000)
 
@@ -354,7 +354,7 @@ def test_label_maps_without_images_are_sent_to_simulate(two: Path, capsys: pytes
     save(two / "maps" / "9001_Cartilage.nii.gz", np.array([0, 2, 4, 6], np.uint8)[knee(9)[1]])
     assert main(["check", str(two)]) == 1
     with pytest.raises(VolumeError, match="maps: .*`simulate` first"):
-        sites.prepare_sites(two, two.parent / "out", OWN)
+        prepare.prepare_sites(two, two.parent / "out", OWN)
     assert not (two.parent / "out").exists()
 
 
@@ -380,7 +380,7 @@ def test_volumes_held_out_without_a_label_are_said_and_trained_on_by_nobody(two:
         "4 volumes of its own validation or test part have ",
     ] and not report.errors
     assert len(report.facts["north"]) == 8  # they are read, too
-    made = sites.prepare_sites(two, two.parent / "out", OWN).sites
+    made = prepare.prepare_sites(two, two.parent / "out", OWN).sites
     north = {part: {item.name for item in getattr(made["north"], part)} for part in site_folder.SPLITS}
     assert set.union(*north.values()) == {"k0", "k1", "k2", "k3"} and not north["unlabelled"] and north["test"]
     challenge = {part: [item.name for item in getattr(made["iwoai"], part)] for part in site_folder.SPLITS}
@@ -389,10 +389,10 @@ def test_volumes_held_out_without_a_label_are_said_and_trained_on_by_nobody(two:
 
 
 def test_splits_do_not_depend_on_where_the_sites_lie(two: Path) -> None:
-    first = sites.prepare_sites(two, two.parent / "out", OWN)
+    first = prepare.prepare_sites(two, two.parent / "out", OWN)
     (two.parent / "far" / "away").mkdir(parents=True)
     moved = two.rename(two.parent / "far" / "away" / "data")
-    second = sites.prepare_sites(moved, moved.parent / "out", OWN)
+    second = prepare.prepare_sites(moved, moved.parent / "out", OWN)
     for name in first.sites:
         for part in site_folder.SPLITS:
             assert [(i.name, i.subject) for i in getattr(first.sites[name], part)] == [
@@ -409,7 +409,7 @@ def test_every_volume_is_read_once(two: Path, monkeypatch: pytest.MonkeyPatch) -
         return original(path)
 
     monkeypatch.setattr(transforms, "read_nifti", counted)
-    for work in (lambda: sites.check_sites(two), lambda: sites.prepare_sites(two, two.parent / "out", OWN)):
+    for work in (lambda: sites.check_sites(two), lambda: prepare.prepare_sites(two, two.parent / "out", OWN)):
         read.clear()
         work()
         assert sorted(read) == sorted(two.rglob("*.nii.gz"))
@@ -421,7 +421,7 @@ def test_what_is_prepared_of_oaizib_cm_is_a_site_of_the_course(two: Path) -> Non
         image, label = knee(600 + k)
         save(two / "oai/imagesTr" / f"oaizib_{k:03d}_0000.nii.gz", image)
         save(two / "oai/labelsTr" / f"oaizib_{k:03d}.nii.gz", np.array([0, 2, 4, 0], np.uint8)[label])
-    sites.prepare_sites(two, two.parent / "out", OWN)
+    prepare.prepare_sites(two, two.parent / "out", OWN)
     assert sites.check_sites(two.parent / "out").layouts["oai"] == "nifti"
     (oai,) = [site for site in sites.open_sites(two.parent / "out").clients if site.name == "oai"]
     for item in (*oai.training, *oai.validation, *oai.test):
@@ -492,7 +492,7 @@ def test_prepared_sites_lie_on_the_grid_with_splits_by_person(two: Path) -> None
         metaimage(ski / f"image-{k:03d}.mhd", image[::-1, ::-1], SPACING)  # stored LPS
         metaimage(ski / f"labels-{k:03d}.mhd", coded[::-1, ::-1], SPACING)
     sagittal_series(two / "scans" / "one", np.abs(knee(300)[0].transpose(1, 2, 0)), (1.2, 1.2, 4.0))
-    prepared = sites.prepare_sites(two, two.parent / "out", settings)
+    prepared = prepare.prepare_sites(two, two.parent / "out", settings)
     made = prepared.sites
     assert [finding.text.split(": ")[1] for finding in prepared.warnings] == [
         "no labels, and `run` refuses a client without any. Draw some, or leave the folder out of `run`."
@@ -516,34 +516,34 @@ def test_prepared_sites_lie_on_the_grid_with_splits_by_person(two: Path) -> None
     report = sites.check_sites(two.parent / "out")
     assert not report.errors
     with pytest.raises(FileExistsError, match="exists already"):
-        sites.prepare_sites(two, two.parent / "out", settings)
-    again = sites.prepare_sites(two, two.parent / "out2", settings)
+        prepare.prepare_sites(two, two.parent / "out", settings)
+    again = prepare.prepare_sites(two, two.parent / "out2", settings)
     assert [i.name for i in again.sites["north"].test] == [i.name for i in made["north"].test]
 
 
 def test_too_few_people_are_refused(tmp_path: Path) -> None:
     hospital(tmp_path / "sites" / "small", 0, labelled=2)
     with pytest.raises(VolumeError, match="2 people with labels are too few"):
-        sites.prepare_sites(tmp_path / "sites", tmp_path / "out", TINY)
+        prepare.prepare_sites(tmp_path / "sites", tmp_path / "out", TINY)
     assert [path.name for path in tmp_path.iterdir()] == ["sites"]
 
 
 def test_cartilage_beyond_the_grid_is_reported_and_refused_when_it_is_much(two: Path) -> None:
     """A femoral cartilage of 18 rows and a patella behind a gap, 22 rows in all: a grid of 18 lies round the middle."""
     narrow = replace(OWN, grid_shape=(10, 18, 32))
-    made = sites.prepare_sites(two, two.parent / "out", narrow)
+    made = prepare.prepare_sites(two, two.parent / "out", narrow)
     label = knee(0)[1] > 0
     rows = np.flatnonzero(label.any(axis=(0, 2)))
     assert (rows[0], rows[-1]) == (6, 27)
     share = 1 - label[:, 8:26].sum() / label.sum()
-    assert 0.05 < share < sites.MOST_OUTSIDE
+    assert 0.05 < share < prepare.MOST_OUTSIDE
     found = [f.text for f in made.warnings if "k0_0000" in f.text and "north" in f.text]
     assert [text.split(": ")[1] for text in found] == [
         f"{share:.0%} of its cartilage lies outside the common grid, and is cut off."
     ]
     assert f"{share:.0%} of its cartilage" in (two.parent / "out" / "preview.html").read_text(encoding="utf-8")
     with pytest.raises(VolumeError, match="k0_0000.nii.gz: .* of its cartilage lies outside the common grid. Is all"):
-        sites.prepare_sites(two, two.parent / "out2", replace(OWN, grid_shape=(4, 16, 16)))
+        prepare.prepare_sites(two, two.parent / "out2", replace(OWN, grid_shape=(4, 16, 16)))
 
 
 # --- prepare: where the joint is ------------------------------------------------------------
@@ -584,7 +584,7 @@ def test_a_large_field_of_view_is_cut_round_the_joint_and_the_page_says_where(la
         asked.append(1)
         return bright, OWN  # takes what stands out of its window for cartilage
 
-    made = sites.prepare_sites(large, large.parent / "out", OWN, network=network)  # type: ignore[arg-type]
+    made = prepare.prepare_sites(large, large.parent / "out", OWN, network=network)  # type: ignore[arg-type]
     assert asked == [1] and not made.warnings
     crops = {crop.name: crop for crop in made.crops["north"]}
     assert {name: crop.round for name, crop in crops.items()} == {
@@ -627,12 +627,12 @@ def test_looking_for_the_joint_can_be_switched_off(
         raise AssertionError("asked for a network")
 
     with pytest.raises(VolumeError, match="k[0-9].nii.gz: .* of its cartilage lies outside the common grid"):
-        sites.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
+        prepare.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
     assert main(["prepare", str(large), str(large.parent / "out"), "--centred"]) == 1
     assert "lies outside the common grid" in capsys.readouterr().err
     for k in range(4):
         (large / f"north/labelsTr/k{k}.nii.gz").unlink()
-    made = sites.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
+    made = prepare.prepare_sites(large, large.parent / "out", OWN, centred=True, network=never)  # type: ignore[arg-type]
     assert {crop.round for crop in made.crops["north"]} == {"the middle of its field of view"}
     assert max(crop.off_mm for crop in made.crops["north"]) < 0.01
 
@@ -642,7 +642,7 @@ def test_a_joint_that_nobody_looks_for_or_finds_is_said(large: Path) -> None:
         return lambda x: bright(x - 99), OWN
 
     for number, (network, words) in enumerate(((None, "no network looked"), (blind, "sees no cartilage"))):
-        made = sites.prepare_sites(large, large.parent / f"out{number}", OWN, network=network)  # type: ignore[arg-type]
+        made = prepare.prepare_sites(large, large.parent / f"out{number}", OWN, network=network)  # type: ignore[arg-type]
         (warning,) = made.warnings
         assert warning.level == "warning" and words in warning.text and "k4.nii.gz" in warning.text
         assert words in (large.parent / f"out{number}" / "preview.html").read_text(encoding="utf-8")
@@ -672,7 +672,7 @@ def test_two_visits_of_a_person_stay_together(two: Path) -> None:
         facts["subjects"][f"k{k}.nii.gz"] = person
         (two / "north/dataset.json").write_text(json.dumps(facts))
     for seed in range(4):
-        site = sites.prepare_sites(two, two.parent / f"out{seed}", OWN, seed).sites["north"]
+        site = prepare.prepare_sites(two, two.parent / f"out{seed}", OWN, seed).sites["north"]
         parts = [{item.subject for item in part} for part in (site.training, site.validation, site.test)]
         assert all(parts) and sum(map(len, parts)) == 3 == len(set.union(*parts))
         assert {item.subject for item in site.unlabelled} <= parts[0]
@@ -712,7 +712,7 @@ def test_a_place_that_cannot_be_written_is_named(two: Path, capsys: pytest.Captu
 @pytest.fixture()
 def prepared(two: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FEDKD_CACHE", str(cache))
-    sites.prepare_sites(two, two.parent / "out", OWN)
+    prepare.prepare_sites(two, two.parent / "out", OWN)
     return two.parent / "out"
 
 
