@@ -40,7 +40,9 @@ def write_atomically(path: Path, content: bytes) -> Path:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno is not None:  # a full disk does not say which file
-            raise OSError(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
+            raise OSError(
+                error.errno, f"cannot be written ({error.strerror}): make room, or write elsewhere", str(path)
+            ) from error
         raise
     return path
 
@@ -69,8 +71,11 @@ def folder_in_one_step(folder: Path, *, replace: bool = False) -> Iterator[Path]
         if replace:
             shutil.rmtree(folder, ignore_errors=True)
         os.replace(building, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)  # a full disk stays no fuller than it was
+        if isinstance(error, OSError) and str(error.filename).startswith(f"{building}{os.sep}"):
+            place = folder / Path(error.filename).relative_to(building)  # the name that the user gave
+            raise OSError(error.errno, error.strerror, str(place)) from error
         raise
 
 

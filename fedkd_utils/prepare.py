@@ -113,23 +113,17 @@ def prepare_sites(
         found, crops, pages = sites.begin(report, folder), {}, []
         for site, path in found.items():
             readings = sites.readings(report, site, path)
-            _stop(report)
+            report.stop()
             split = sites.split_by_person(readings, path, seed)
             volumes = _on_grid(report, site, split, settings, progress, centred, find)
             crops[site], page = _write_prepared(building / site, report.layouts[site], volumes, settings)
             pages.append(page)
         sites.compare(report)
-        _stop(report)
+        report.stop()
         notes = "".join(f"<p>{html.escape(finding.text)}</p>" for finding in report.findings)
         page = "<!doctype html><meta charset=utf-8><title>Prepared sites</title>" + notes + "".join(pages)
         write_atomically(building / "preview.html", page.encode())
     return Prepared({site: site_folder.open_site(out / site) for site in found}, crops, report.findings)
-
-
-def _stop(report: Report) -> None:
-    """Raise the first error of a report."""
-    if report.errors:
-        raise VolumeError(f"{report.errors[0].text} (`check` looks for all errors.)")
 
 
 @dataclass(frozen=True)
@@ -183,7 +177,7 @@ def _on_grid(
     spacing, shape = settings.grid_spacing_mm, settings.grid_shape
     for reading, part in split:
         loaded = sites.inspect(report, site, reading, progress)
-        _stop(report)
+        report.stop()
         assert loaded is not None  # else there was an error
         image, label, affine = loaded
         assert image is not None  # or WITHOUT_IMAGES, which is an error, too
@@ -207,7 +201,7 @@ def _on_grid(
         drawn = None
         if label is not None:
             if lost := _share_outside(label, affine, grid_affine, shape):
-                text = f"{reading.path}: {lost:.0%} of its cartilage lies outside the common grid"
+                text = f"{reading.path}: {max(lost, 0.01):.0%} of its cartilage lies outside the common grid"
                 if lost > MOST_OUTSIDE:
                     raise VolumeError(f"{text}. Is all of the label cartilage, and the spacing in the header right?")
                 report.add("warning", f"{text}, and is cut off.")

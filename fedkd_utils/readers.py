@@ -7,6 +7,7 @@ Voxels stay as they are stored; the affine says where they lie. Nothing is read 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -38,6 +39,9 @@ from fedkd_utils.transforms import (
 Loaded = tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None, NDArray[np.float64]]
 
 NO_PATELLA = (1, 2)
+
+#: So many DICOM files of a folder are looked at for an image: reports may come first.
+LOOKED_AT = 50
 
 
 @dataclass(frozen=True)
@@ -363,11 +367,10 @@ def dicom_folder(folder: Path) -> list[Reading]:
         voxels, affine = read_dicom(path)
         return voxels, None, affine
 
-    inside = sorted(path for path in folder.rglob("*") if path.is_dir() and _holds_dicom(path))
-    found = [folder] if _holds_dicom(folder) else inside
+    found = [path for path in (folder, *sorted(folder.rglob("*"))) if path.is_dir() and _first_image(path) is not None]
     return [
         Reading(
-            "_".join(p.relative_to(folder).parts) or p.resolve().name,
+            "_".join(p.relative_to(folder).parts) or site_folder.name_of(p),
             _patient(folder, p),
             "",
             (),
@@ -378,26 +381,30 @@ def dicom_folder(folder: Path) -> list[Reading]:
     ]
 
 
-def _holds_dicom(folder: Path) -> bool:
-    """Whether some file of a folder begins as DICOM does."""
-    return _first_dicom(folder) is not None
-
-
-def _first_dicom(folder: Path) -> Path | None:
-    return next((path for path in sorted(folder.iterdir())[:50] if is_dicom(path)), None)
+def _first_image(folder: Path) -> Path | None:
+    """The first DICOM file of a folder that holds an image, or is damaged; None in one of DICOMDIR or reports only."""
+    for path in itertools.islice(filter(is_dicom, sorted(folder.iterdir())), LOOKED_AT):
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows"])
+        except Exception:  # loading says so
+            return path
+        if "Rows" in header:
+            return path
+    return None
 
 
 def _patient(folder: Path, series: Path) -> str:
     """The person of a series: a number made of its PatientID, which is shown nowhere itself; without one its own."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            header = pydicom.dcmread(str(_first_dicom(series)), stop_before_pixels=True, specific_tags=["PatientID"])
+            header = pydicom.dcmread(str(_first_image(series)), stop_before_pixels=True, specific_tags=["PatientID"])
         name = str(header.get("PatientID") or "").strip()
     except Exception:  # damaged: loading says so
         name = ""
     if not name:
         return str(site_folder.own_number(folder, series.relative_to(folder).as_posix()))
-    return f"dicom/{folder.resolve().name}/patient {site_folder.number_of(name)}"
+    return f"dicom/{site_folder.name_of(folder)}/patient {site_folder.number_of(name)}"
 
 
 #: By name: the reader, and what tells its layout from the others (the first that fits).

@@ -7,6 +7,7 @@ no ligaments, tendons or vessels, so a network sees real shapes of cartilage in 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fedkd_utils import acquisition, anatomy, prepare, sites, transforms
+from fedkd_utils import acquisition, anatomy, prepare, site_folder, sites, transforms
 from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
 from fedkd_utils.cohorts import CLIENT_SCANNERS
@@ -56,7 +57,8 @@ def read_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """A label map of bones and cartilages: its values (X, Y, Z) in the order of the file, and the affine to RAS mm.
 
     Raises:
-        FileNotFoundError, VolumeError: see :func:`transforms.read_volume`; other values, no bone, or no cartilage.
+        FileNotFoundError, VolumeError: see :func:`transforms.read_volume`; other values, no bone, no cartilage, or
+            a knee upside down or back to front.
     """
     raw, affine = transforms.read_volume(path)
     if not np.isin(raw, (0, *TISSUE_OF_VALUE)).all():
@@ -73,6 +75,12 @@ def read_map(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
         )
     if not np.isin(values, (2, 4)).any():
         raise VolumeError(f"{path}: no femoral or tibial cartilage (values 2 and 4). Leave the file out.")
+    femur, tibia, femoral, patellar = (transforms.middle_mm(values == value, affine) for value in (1, 3, 2, 6))
+    if femur[2] < tibia[2] or patellar[1] < femoral[1]:
+        raise VolumeError(
+            f"{path}: the femur lies below the tibia, or patellar cartilage behind femoral: the header turns the knee, "
+            "or the values are swapped. Repair one of them."
+        )
     return values, affine
 
 
@@ -182,18 +190,27 @@ def simulate_sites(
 
     Raises:
         FileExistsError: ``out`` exists.
-        FileNotFoundError, VolumeError: no such folder, a map that cannot be used, or too few people.
+        FileNotFoundError, VolumeError: no such folder, a map that cannot be used or is there twice, or too few people.
+        ValueError: no client.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder that holds the label maps.")
     maps: dict[str, list[Path]] = {}
-    for path in sorted([*folder.glob("*.nii"), *folder.glob("*.nii.gz")]):
-        maps.setdefault(path.name.split(".nii")[0].split("_")[0], []).append(path)
+    seen: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if site_folder.is_volume(path)):
+        values, _ = read_map(path)  # all of them, before anything is made
+        name = path.name.split(".nii")[0]
+        for key in (name, hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()):
+            if (other := seen.setdefault(key, path)) != path:
+                raise VolumeError(f"{path}: the same map as {other.name}, or of the same name. Keep one of them.")
+        maps.setdefault(name.split("_")[0], []).append(path)
     least = LEAST_REPOSITORY + LEAST_CLIENT * clients
-    if clients < 1 or len(maps) < least:
+    if clients < 1:
+        raise ValueError(f"{clients} clients: ask for one at least.")
+    if len(maps) < least:
         raise VolumeError(
-            f"{folder}: maps of {len(maps)} people, but {clients} clients need {max(least, 7)}. Add maps, or ask for "
+            f"{folder}: maps of {len(maps)} people, but {clients} clients need {least}. Add maps, or ask for "
             "fewer clients."
         )
     people = sorted(maps)

@@ -99,7 +99,8 @@ def _bare(name: str) -> str:
     return _stem(name).removesuffix("_0000")
 
 
-def _is_volume(path: Path) -> bool:
+def is_volume(path: Path) -> bool:
+    """Whether a file is called like a NIfTI volume, and is not hidden."""
     return path.name.endswith((".nii", ".nii.gz")) and path.name[0] != "."
 
 
@@ -123,7 +124,7 @@ def _volumes(folder: Path) -> dict[str, Path]:
         CohortError: two files for one name, or something of such a name that is no file.
     """
     found: dict[str, Path] = {}
-    for path in filter(_is_volume, _inside(folder)):
+    for path in filter(is_volume, _inside(folder)):
         _refuse_no_file(path)
         name = _bare(path.name)
         if name in found:
@@ -166,14 +167,14 @@ def _refuse_channels(images: Mapping[str, Path], labels: Mapping[str, Path]) -> 
 
 def _unread(folder: Path, name: str) -> str:
     """In brackets a file of this name that was not read, as ``k0_0000.NII.GZ``; nothing when there is none."""
-    alike = [p.name for p in _inside(folder) if not _is_volume(p) and _bare(p.name.lower()) == name.lower()]
+    alike = [p.name for p in _inside(folder) if not is_volume(p) and _bare(p.name.lower()) == name.lower()]
     return f" ({printable(alike[0])} is not read: write its ending in small letters)" if alike else ""
 
 
 def passed_over(folder: Path) -> list[Path]:
     """What lies among a site's images and labels and is not read: other formats, folders, ``.NII.GZ``."""
     inside = [path for half in HALVES for part in half for path in _inside(folder / part)]
-    return [p for p in inside if not _is_volume(p) and p.name[0] != "." and not p.name.lower().endswith(_NOTES)]
+    return [p for p in inside if not is_volume(p) and p.name[0] != "." and not p.name.lower().endswith(_NOTES)]
 
 
 def _facts(described: Path) -> dict[str, Any]:
@@ -194,6 +195,11 @@ def _short(value: object) -> str:
     """A value of a ``dataset.json`` for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def name_of(folder: Path) -> str:
+    """What a site's folder is called where it lies, also when it is a link to another one."""
+    return printable(Path(os.path.abspath(folder)).name)
 
 
 def number_of(person: str) -> int:
@@ -345,7 +351,7 @@ def _subjects_named(facts: Mapping[str, Any], described: Path) -> dict[str, int]
                 f"{described}: subjects must be file name -> number or pseudonym, but holds {_short(person)}."
             )
         written = re.fullmatch("[0-9]{1,18}", text)
-        own = f"{described.parent.resolve().name}/{text}"  # hospitals count their patients apart
+        own = f"{name_of(described.parent)}/{text}"  # hospitals count their patients apart
         people[name] = int(person) if type(person) is int or written else number_of(own)
     return people
 
@@ -418,7 +424,7 @@ def open_site(folder: str | Path) -> Site:
                 out.append(Item(name, number, image, known.get(name), classes_of.get(name, classes)))
         return tuple(out)
 
-    return Site(printable(folder.resolve().name), folder, *(items(split) for split in (*SPLITS, "left_out")))
+    return Site(name_of(folder), folder, *(items(split) for split in (*SPLITS, "left_out")))
 
 
 def own_number(folder: Path, name: str) -> int:
@@ -426,7 +432,7 @@ def own_number(folder: Path, name: str) -> int:
 
     Of the site's name and not its place: a folder that is moved keeps its people, and with them its splits.
     """
-    return number_of(f"{folder.resolve().name}/{name}") + _UNNAMED
+    return number_of(f"{name_of(folder)}/{name}") + _UNNAMED
 
 
 def number_kept(subject: str) -> int:

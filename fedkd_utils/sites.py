@@ -96,6 +96,11 @@ class Report:
         """Those that must be mended first."""
         return [finding for finding in self.findings if finding.level == "error"]
 
+    def stop(self) -> None:
+        """Raise the first error as a :class:`VolumeError`, if there is one."""
+        if self.errors:
+            raise VolumeError(f"{self.errors[0].text} (`check` looks for all errors.)")
+
     def _labelled(self, site: str) -> set[str]:
         """The splits in which a site has labelled volumes; "" where it does not name them."""
         return {volume.split for volume in self.facts[site] if volume.volumes_ml}
@@ -153,7 +158,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder that holds one folder per site.")
     if readers.layout(folder) not in (None, "dicom"):
-        return {printable(folder.resolve().name): folder}
+        return {site_folder.name_of(folder): folder}
     inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and readers.layout(p)]
     if not inside and readers.layout(folder):
         inside = [folder]
@@ -161,7 +166,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
         raise VolumeError(
             f"{folder}: no site in it. Make one folder per site with imagesTr and labelsTr, or an unpacked set."
         )
-    return {printable(path.resolve().name): path for path in inside}
+    return {site_folder.name_of(path): path for path in inside}
 
 
 def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
@@ -405,7 +410,9 @@ def compare(report: Report) -> None:
             there, other = people.setdefault(volume.subject, (here, str(volume.path)))
             if there != here:
                 text = f"{volume.path}: the same person as {other} ({here}, {there}). Keep people in one split."
-                report.add("error", text)
+                counted = volume.subject.isdecimal() and here.split()[0] != there.split()[0]
+                known = " Numbers in `subjects` count over all sites; name another hospital's 7 P7 or the like."
+                report.add("error", text + known if counted else text)
         sizes = np.array([volume.spacing_mm for volume in volumes])
         if len(sizes) and (np.sort(sizes, axis=1).max(axis=0) / np.sort(sizes, axis=1).min(axis=0)).max() > 3:
             report.add("warning", f"{site}: voxel sizes differ more than threefold; several protocols?")
@@ -446,7 +453,7 @@ def split_by_person(found: Sequence[Reading], source: Path, seed: int) -> list[t
 def open_sites(folder: str | Path) -> Cohort:
     """A reader's own sites as a cohort: the one called "repository" teaches; without one the repository is empty.
 
-    Copies are found only where their voxels are stored alike: :func:`check_sites` looks closer.
+    Only names and stored bytes are looked at: :func:`check_sites` reads every volume.
 
     Raises:
         FileNotFoundError, VolumeError: no folder, no site, or one that has to be prepared first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Callable
 from itertools import permutations, product
@@ -16,7 +17,15 @@ import SimpleITK as sitk
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import (
+    ComprehensiveSRStorage,
+    EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    MRImageStorage,
+    RLELossless,
+    generate_uid,
+)
 
 from fedkd_utils import formats
 from fedkd_utils.errors import VolumeError
@@ -178,13 +187,15 @@ def test_a_metaimage_with_the_highest_byte_first(tmp_path: Path, flag: str) -> N
         ("Offset", "0 0 0\nOrigin = 1 1 1", "Offset and Origin differ"),
         ("Offset", "0 0 0\nOffset = 0 0 0", "Offset is there twice"),
         ("Offset", "0 0 0\nrubbish", "'rubbish' is no line of a header"),
-        ("Offset", "0 0 0\nComment = " + "x" * 20_000, "no ElementDataFile at the end"),
+        ("Offset", "0 0 0\nComment = " + "x" * 1_000_000, "no ElementDataFile at the end"),
+        ("Offset", "0 0 0\nElementByteOrderMSB = True", "is 'false, true' and neither True nor False"),
+        ("Offset", "0 0 0\nHeaderSize = -3", "HeaderSize is '-3'"),
         ("ElementType", "MET_LONG_DOUBLE", "ElementType is 'MET_LONG_DOUBLE' and not one of MET_CHAR"),
         ("ElementType", "MET_DOUBLE", "a.raw has 420 bytes of voxels and not 1680"),
         ("ElementType", "MET_SHORT\nElementNumberOfChannels = 3", "ElementNumberOfChannels is '3'"),
         ("ElementDataFile", "b.raw", "data file 'b.raw' is missing"),
-        ("ElementDataFile", "%s%s%s.raw 1 5 1", "is missing"),
-        ("ElementDataFile", "LIST", "is missing"),
+        ("ElementDataFile", "%s%s%s.raw 1 5 1", "one file a slice is not read here"),
+        ("ElementDataFile", "LIST 2", "one file a slice is not read here"),
         ("ElementDataFile", "LOCAL", "a.mhd has 0 bytes of voxels and not 420"),
         ("ElementDataFile", None, "no ElementDataFile at the end"),
         ("ElementDataFile", "", "data file '' is missing"),
@@ -197,6 +208,35 @@ def test_a_fault_in_a_metaimage_is_named(tmp_path: Path, field: str, value: str 
     with pytest.raises(VolumeError, match=re.escape(words)) as caught:
         formats.read_metaimage(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "BinaryData = T",
+        "DimSize = 7\t6  5",
+        "Comment = \tMüller",
+        "0008|0060 = MR\n0008|0060 = MR",
+        "Comment = " + "x" * 20_000,
+        "HeaderSize = -1",
+        "HeaderSize = 3",
+        "CompressedData = 1",
+    ],
+)
+def test_what_other_programs_write_into_a_header_is_read(tmp_path: Path, line: str) -> None:
+    array = RNG.integers(0, 999, (7, 6, 5)).astype(np.int16)
+    path = metaimage(tmp_path / "a.mhd", array)
+    text = path.read_text()
+    key = line.split(" = ")[0]
+    header = re.sub(f"{key} = .*\n", f"{line}\n", text) if f"{key} =" in text and key else f"{line}\n{text}"
+    path.write_bytes(header.replace("\n", "\r\n").encode("latin-1"))
+    raw = path.with_suffix(".raw")
+    if key == "HeaderSize":
+        raw.write_bytes(b"abc" + raw.read_bytes())
+    if key == "CompressedData":
+        raw.write_bytes(gzip.compress(raw.read_bytes()))
+    assert np.array_equal(formats.read_metaimage(path)[0], array)
 
 
 def test_masks_need_no_spacing_and_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -317,12 +357,19 @@ def spoil_slice(folder: Path, change: Callable[[pydicom.Dataset], object]) -> Pa
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: setattr(d, "Rows", 60_000), "damaged (its pixels are too few for 60000 rows of 7)"),
+        (lambda d: setattr(d, "Rows", 60_000), "its pixels are too few for 60000 rows of 7"),
         (lambda d: setattr(d, "NumberOfFrames", 9_999_999), "its pixels are too few"),
         (lambda d: delattr(d, "PixelData"), "PixelData"),
         (lambda d: delattr(d, "ImagePositionPatient"), "does not say where it lies"),
         (lambda d: setattr(d, "ImageOrientationPatient", [0, 1, 0, 0, 1, 0]), "do not meet at right angles"),
         (lambda d: setattr(d, "ImageOrientationPatient", [1, 0, 0, 0, 0, -1]), "turned against the other slices"),
+        (lambda d: delattr(d, "PixelSpacing"), "PixelSpacing is [] and not two positive numbers"),
+        (lambda d: setattr(d, "PixelSpacing", [0, 0]), "PixelSpacing is [0.0, 0.0] and not two positive numbers"),
+        (lambda d: setattr(d, "PixelSpacing", [-0.36, -0.36]), "and not two positive numbers"),
+        (lambda d: setattr(d, "PixelSpacing", [0.4, 0.4]), "6 x 7 voxels of 0.4 x 0.4 mm, but "),
+        (lambda d: setattr(d, "Rows", 3), "3 x 7 voxels of 0.36 x 0.36 mm, but "),
+        (lambda d: setattr(d, "PhotometricInterpretation", "RGB"), "RGB and not MONOCHROME2"),
+        (lambda d: setattr(d, "PhotometricInterpretation", "MONOCHROME1"), "MONOCHROME1 and not MONOCHROME2"),
     ],
 )
 def test_a_slice_that_does_not_belong_is_named(
@@ -332,6 +379,130 @@ def test_a_slice_that_does_not_belong_is_named(
     with pytest.raises(VolumeError, match=re.escape(words)) as caught:
         formats.read_dicom(tmp_path / "a")
     assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>quota exceeded</html>", bytes(128), bytes(200)])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_slice_at_the_end_that_was_lost_on_the_way_is_named(tmp_path: Path, content: bytes, which: int) -> None:
+    series = sagittal_series(tmp_path / "a", grey((7, 6, 5)))
+    path = sorted(series.iterdir(), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[0]))[which]
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match=re.escape(f"{path}: does not begin as DICOM files do")):
+        formats.read_dicom(series)
+
+
+def moved(series: Path, place: Callable[[int], list[float]]) -> Path:
+    """Put slices where ``place`` says, in the order in which they lie."""
+    files = sorted(series.iterdir(), key=lambda path: -float(pydicom.dcmread(path).ImagePositionPatient[0]))
+    for k, path in enumerate(files):
+        header = pydicom.dcmread(path)
+        header.ImagePositionPatient = place(k)
+        header.save_as(path)
+    return series
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (lambda k: [-(1.6 * k if k < 5 else 8 + 3.0 * (k - 5)), 0.0, 0.0], "off even steps: several stacks"),
+        (lambda k: [-1.5 * k, 15.0 if k == 4 else 0.0, 0.0], "up to 15.0 mm off even steps"),
+        (lambda k: [-1.5 * (k + (k > 3)), 0.0, 0.0], "slices lie 1.50 mm apart, but once 3.00 mm: one is missing"),
+        (lambda k: [-1.5 * (k - (k > 3)), 0.0, 0.0], "two slices lie at one place (0"),
+    ],
+)
+def test_slices_at_uneven_steps_are_refused(tmp_path: Path, place: Callable[[int], list[float]], words: str) -> None:
+    with pytest.raises(VolumeError, match=re.escape(words)):
+        formats.read_dicom(moved(sagittal_series(tmp_path / "a", grey((7, 6, 9))), place))
+
+
+SCALES: dict[str, Callable[[pydicom.Dataset, int], object]] = {
+    "as it is": lambda d, k: None,
+    "one scale": lambda d, k: d.update({"RescaleSlope": "2.5", "RescaleIntercept": "-3"}),
+    "every slice its own": lambda d, k: d.update({"RescaleSlope": f"{1 + k}", "RescaleIntercept": f"{-1000 * k}"}),
+    "signed but for the first": lambda d, k: setattr(d, "PixelRepresentation", int(k > 0)),
+    "run lengths": lambda d, k: d.compress(RLELossless),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_grey_levels_are_those_that_every_slice_says(tmp_path: Path, kind: str) -> None:
+    series = sagittal_series(tmp_path / "a", grey((40, 48, 5)) * 60)
+    expected = []
+    for k, path in enumerate(sorted(series.iterdir())):
+        header = pydicom.dcmread(path)
+        SCALES[kind](header, k)
+        header.save_as(path)
+        slope, shift = float(header.get("RescaleSlope", 1)), float(header.get("RescaleIntercept", 0))
+        expected.append((-float(header.ImagePositionPatient[0]), header.pixel_array * slope + shift))
+    voxels, affine = formats.read_dicom(series)
+    expected.sort(key=lambda pair: pair[0])
+    assert np.allclose(voxels, np.stack([plane for _, plane in expected]).T)
+    assert np.allclose(affine[0], (0, 0, 0.7, -10))
+
+
+def enhanced(path: Path, volume: np.ndarray, order: list[int], spacing_mm: float = 0.7) -> Path:
+    """(columns, rows, slices) as one Enhanced MR file, its frames in any order."""
+    one = sorted(sagittal_series(path.parent / "single", volume[..., :1]).iterdir())[0]
+    header = pydicom.dcmread(one)
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = EnhancedMRImageStorage
+    header.NumberOfFrames = len(order)
+    header.PixelData = b"".join(np.ascontiguousarray(volume[:, :, k].T).astype("<u2").tobytes() for k in order)
+    turn, measures, shared = pydicom.Dataset(), pydicom.Dataset(), pydicom.Dataset()
+    turn.ImageOrientationPatient, measures.PixelSpacing = header.ImageOrientationPatient, header.PixelSpacing
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [turn], [measures]
+    header.SharedFunctionalGroupsSequence, frames = [shared], []
+    for k in order:
+        place, frame = pydicom.Dataset(), pydicom.Dataset()
+        place.ImagePositionPatient = [10 - spacing_mm * k, -20.0, 30.0]
+        frame.PlanePositionSequence = [place]
+        frames.append(frame)
+    header.PerFrameFunctionalGroupsSequence = frames
+    del header.ImagePositionPatient, header.ImageOrientationPatient, header.PixelSpacing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header.save_as(path)
+    return path
+
+
+def test_an_enhanced_file_is_read_like_a_series_of_single_slices(tmp_path: Path) -> None:
+    volume = grey((7, 6, 5))
+    expected = formats.read_dicom(sagittal_series(tmp_path / "a", volume))
+    for k, order in enumerate(([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [0, 2, 4, 1, 3])):
+        path = enhanced(tmp_path / f"b{k}" / "enhanced.dcm", volume, order)
+        voxels, affine = formats.read_dicom(path.parent)
+        assert np.array_equal(voxels, expected[0]) and np.allclose(affine, expected[1])
+    path = enhanced(tmp_path / "c" / "enhanced.dcm", volume, [0, 1, 1, 2])
+    with pytest.raises(VolumeError, match=r"one place \(enhanced\.dcm, frame 2 and enhanced\.dcm, frame 3\)"):
+        formats.read_dicom(path.parent)
+    header = pydicom.dcmread(path)
+    del header.PerFrameFunctionalGroupsSequence
+    header.save_as(path)
+    with pytest.raises(VolumeError, match="4 frames, but it says of 0 where they lie"):
+        formats.read_dicom(path.parent)
+
+
+def test_a_damaged_jpeg_ends_nothing_but_its_decoder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One byte of a lossless JPEG, the bits of a pixel, makes GDCM end its process."""
+    series = sagittal_series(tmp_path / "a", grey((7, 6, 5)))
+    whole, _ = formats.read_dicom(series)
+    for path in series.iterdir():
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetImageIO("GDCMImageIO")
+        writer.UseCompressionOn()
+        writer.SetCompressor("JPEG")
+        writer.SetFileName(str(path.with_suffix(".dcm")))
+        writer.Execute(reader.Execute())
+        path.unlink()
+    assert pydicom.dcmread(path.with_suffix(".dcm")).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    assert np.array_equal(formats.read_dicom(series)[0], whole)
+    content = bytearray(path.with_suffix(".dcm").read_bytes())
+    content[content.rfind(b"\xff\xc3") + 4] = 0xFF
+    path.with_suffix(".dcm").write_bytes(content)
+    with pytest.raises(VolumeError, match=r"/a: cannot be read .* stored as JPEG Lossless.* Export it again"):
+        formats.read_dicom(series)
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_no_image_beside_a_series_is_passed_over(tmp_path: Path) -> None:
@@ -344,6 +515,7 @@ def test_what_is_no_image_beside_a_series_is_passed_over(tmp_path: Path) -> None
     header = pydicom.dcmread(path)
     for word in ("PixelData", "Rows", "Columns"):
         delattr(header, word)
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = ComprehensiveSRStorage
     header.save_as(tmp_path / "a" / "report")
     (tmp_path / "a" / "notes.txt").write_text("knee")
     assert np.array_equal(formats.read_dicom(tmp_path / "a")[0], whole)

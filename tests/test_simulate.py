@@ -138,7 +138,9 @@ def maps(tmp_path: Path) -> Path:
         own = values.copy()
         if person == 2:
             own[own >= 5] = 0  # nobody drew the patella
+        own[0, 0, person] = 1  # no two maps are the same
         for visit in ("00m", "96m")[: 1 + (person % 5 == 0)]:
+            own[1, 0, 0] = visit == "96m"
             nib.save(
                 nib.Nifti1Image(own, np.diag([4.0, 1.2, 1.2, 1])), folder / f"{9000 + person}_{visit}_Femur.nii.gz"
             )
@@ -168,6 +170,8 @@ FAULTS = {
     "labels of the course": (lambda v: np.array([0, 0, 1, 0, 2, 0, 3], np.uint8)[v], "ml of femur and tibia"),
     "another value": (lambda v: v + 9 * (v == 1).astype(np.uint8), "values other than"),
     "no cartilage": (lambda v: np.where(np.isin(v, (2, 4)), 0, v), "no femoral or tibial cartilage"),
+    "upside down": (lambda v: v[:, :, ::-1], "the femur lies below the tibia"),
+    "back to front": (lambda v: v[:, ::-1], "or patellar cartilage behind femoral"),
 }
 
 
@@ -186,7 +190,18 @@ def test_a_map_of_another_kind_is_named_and_nothing_stays(
     assert [p.name for p in maps.parent.iterdir()] == ["maps"]
 
 
+@pytest.mark.parametrize("name", ["9077_00m_Femur.nii.gz", "9003_00m_Femur.nii"])
+def test_a_map_that_is_there_twice_is_named(maps: Path, name: str) -> None:
+    nib.save(nib.load(maps / "9003_00m_Femur.nii.gz"), maps / name)
+    (maps / "._9003_00m_Femur.nii.gz").write_bytes(b"a Mac was here")
+    with pytest.raises(VolumeError, match=r"the same map as 9003_00m_Femur\.nii.* Keep one of them"):
+        simulate.simulate_sites(maps, maps.parent / "out", 2)
+    assert [p.name for p in maps.parent.iterdir()] == ["maps"]
+
+
 def test_too_few_people_are_refused(maps: Path) -> None:
+    with pytest.raises(ValueError, match="0 clients: ask for one at least"):
+        simulate.simulate_sites(maps, maps.parent / "out", 0)
     with pytest.raises(VolumeError, match="14 people, but 3 clients need 15"):
         simulate.simulate_sites(maps, maps.parent / "out", 3)
     with pytest.raises(FileNotFoundError, match="no such folder"):

@@ -285,6 +285,47 @@ def test_what_a_made_cohort_hides_is_no_site(two: Path) -> None:
     assert "other: in no layout that is known" in finding.text
 
 
+def test_sites_that_are_links_keep_the_names_under_which_they_lie(two: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for name, target in (("a", "north"), ("repository", "Süd Klinik")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (two / target).rename(tmp_path / "data" / name / "nifti")
+        (links / name).symlink_to(tmp_path / "data" / name / "nifti")
+    report = sites.check_sites(links)
+    assert list(report.facts) == ["a", "repository"] and not report.errors
+    cohort = sites.open_sites(links)
+    assert cohort.repository.name == "repository" and [site.name for site in cohort.clients] == ["a"]
+    people = [{item.subject for item in site.items} for site in (cohort.repository, *cohort.clients)]
+    assert not people[0] & people[1]
+
+
+def test_a_number_at_two_hospitals_is_explained(two: Path) -> None:
+    for site, file in (("north", "k0.nii.gz"), ("Süd Klinik", "k0.nii.gz")):
+        (two / site / "dataset.json").write_text(json.dumps({"subjects": {file: 7}}))
+    (error,) = sites.check_sites(two).errors
+    assert "the same person as" in error.text and "count over all sites; name another hospital's 7 P7" in error.text
+
+
+def test_a_patients_disc_is_read_through_its_folders(two: Path) -> None:
+    """With the DICOMDIR, a report and the shadows that a Mac leaves."""
+    disc = two / "disc"
+    for name in ("S1", "S2"):
+        sagittal_series(disc / "DICOM" / name, knee(ord(name[1]))[0], (3.0, 3.0, 3.0), patient=name)
+    for path in sorted((disc / "DICOM/S1").iterdir())[:1]:
+        for shadow in range(60):
+            path.with_name(f"._{shadow}").write_bytes(b"a Mac was here")
+        for name, uid in (("DICOMDIR", "1.2.840.10008.1.3.10"), ("report.dcm", "1.2.840.10008.5.1.4.1.1.88.33")):
+            header = pydicom.dcmread(path)
+            del header.PixelData, header.Rows
+            header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = uid
+            header.save_as(disc / name)
+    (disc / "report.dcm").rename(disc / "DICOM/S2/report.dcm")
+    report = sites.check_sites(two)
+    assert not report.errors, report.errors
+    assert [facts.path.name for facts in report.facts["disc"]] == ["S1", "S2"]
+
+
 def test_people_whom_nobody_named_are_still_that_after_prepare(two: Path, tmp_path: Path) -> None:
     for k, name in enumerate(("P1_V00", "P1_V01")):
         (two / f"north/imagesTr/k{k}_0000.nii.gz").rename(two / f"north/imagesTr/{name}_0000.nii.gz")
@@ -696,7 +737,8 @@ def test_a_disk_without_room_leaves_nothing_and_is_named(two: Path, room: int) -
     command = [sys.executable, "-c", FULL, str(two), str(out), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot be written (File too large)" in done.stderr and "out" in done.stderr
+    assert "cannot be written (File too large): make room, or write elsewhere" in done.stderr
+    assert str(out) in done.stderr and ".building" not in done.stderr
     assert tree(two.parent) == before
 
 
