@@ -187,7 +187,7 @@ def _run_sites(arguments: argparse.Namespace) -> None:
     from fedkd_utils.methods import COURSE_ROWS
 
     settings, cohort = PROFILES[arguments.profile], sites.open_sites(arguments.sites)
-    sites.check_sites(arguments.sites, _note()).stop()  # now, and not after the teacher's training
+    sites.check_sites(arguments.sites, _note(), dealt=True).stop()  # now, and not after the teacher's training
     results = []
     for seed in arguments.seed:
         for row in arguments.row or COURSE_ROWS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,9 +21,15 @@ def pixels(paths: Sequence[Path]) -> NDArray[np.float32]:
     """All frames of files of one size, rescaled as each says: (frames, rows, columns).
 
     Raises:
-        RuntimeError: a file that ITK cannot decode.
+        RuntimeError: a file that ITK cannot decode; names it.
     """
-    frames = [sitk.GetArrayFromImage(sitk.ReadImage(str(path), sitk.sitkFloat32, "GDCMImageIO")) for path in paths]
+    frames = []
+    for path in paths:
+        try:
+            image = sitk.ReadImage(str(path), sitk.sitkFloat32, "GDCMImageIO")
+        except RuntimeError as error:
+            raise RuntimeError(f"{path}: {error}") from error
+        frames.append(sitk.GetArrayFromImage(image))
     return np.concatenate([frame.reshape(-1, *frame.shape[-2:]) for frame in frames])
 
 
@@ -29,15 +37,29 @@ def pixels_apart(paths: Sequence[Path]) -> NDArray[np.float32]:
     """:func:`pixels` in a process of its own: what its decoders do to it does nothing to this one.
 
     Raises:
-        RuntimeError: a file that ITK cannot decode.
+        RuntimeError: a file that ITK cannot decode; names the first such file.
     """
-    done = subprocess.run([sys.executable, __file__, *map(str, paths)], capture_output=True)
+    names = json.dumps([str(path) for path in paths]).encode()
+    try:
+        done = subprocess.run([sys.executable, "-P", __file__], input=names, capture_output=True)
+    except OSError as error:
+        raise RuntimeError(f"{paths[0]}: no process to decode it ({error.strerror})") from error
     if done.returncode:
-        raise RuntimeError("its compressed pixels cannot be decoded")
+        begun = re.findall(rb"^reading (\d+)$", done.stderr, re.MULTILINE)
+        raise RuntimeError(f"{paths[int(begun[-1]) if begun else 0]}: its compressed pixels cannot be decoded")
     return np.load(io.BytesIO(done.stdout), allow_pickle=False)
 
 
-if __name__ == "__main__":
+def _child() -> None:
+    """Decode the files that standard input names, and say on the way which one."""
+    read = []
+    for number, name in enumerate(json.load(sys.stdin)):
+        print(f"\nreading {number}", file=sys.stderr, flush=True)
+        read.append(pixels([Path(name)]))
     out = io.BytesIO()
-    np.save(out, pixels([Path(name) for name in sys.argv[1:]]))
+    np.save(out, np.concatenate(read))
     sys.stdout.buffer.write(out.getvalue())
+
+
+if __name__ == "__main__":
+    _child()

@@ -144,9 +144,15 @@ def run_sites(
     chooses its teacher chooses between these two. The pooled row has the labelled volumes of all clients.
 
     Raises:
-        ValueError: an unknown row, or sites that it cannot use.
+        ValueError: an unknown row, or a client without labelled volumes to train, validate or test on.
     """
     method = row_named(row)
+    for site in cohort.clients:  # now, and not after the teacher's training
+        for part in ("training", "validation", "test"):
+            if not getattr(site, part):
+                raise ValueError(
+                    f"{site.folder}: no labelled {part} volume. Name some in dataset.json, or run `prepare`."
+                )
     settings = method.for_run(replace(settings, clients=len(cohort.clients)))
     own = cohort.repository if cohort.repository.training else None
     if method.needs_teacher and own is None:

@@ -64,7 +64,10 @@ def folder_in_one_step(folder: Path, *, replace: bool = False) -> Iterator[Path]
     if replace:
         for left in folder.parent.glob(f".{folder.name}-*.building"):
             shutil.rmtree(left, ignore_errors=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".building", dir=folder.parent))
+    try:
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", suffix=".building", dir=folder.parent))
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written ({error.strerror}): write elsewhere", str(folder)) from error
     try:
         yield building
         building.chmod(0o755)

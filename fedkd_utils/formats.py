@@ -20,10 +20,10 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataelem import RawDataElement
 from pydicom.multival import MultiValue
-from pydicom.uid import UID_dictionary
+from pydicom.uid import UID, UID_dictionary
 
 from fedkd_utils import decode
-from fedkd_utils.errors import VolumeError, one_line
+from fedkd_utils.errors import VolumeError, one_line, printable
 from fedkd_utils.transforms import RIGHT_ANGLE_DEGREES, by_axis, checked_voxels, refuse_sheared
 
 #: Types of voxels by the names that MetaImage has for them.
@@ -58,13 +58,19 @@ _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: No MetaImage header is longer, in bytes.
 METAIMAGE_HEADER = 1_000_000
 
+#: No compressed DICOM file of a knee holds more bytes.
+MOST_BYTES = 2**31
+
+#: With this begin the classes of DICOM's own objects; those of manufacturers do not.
+STANDARD_ROOT = "1.2.840.10008."
+
 #: The length that DICOM gives to what ends where it says so.
 ANY_LENGTH = 0xFFFFFFFF
 
-#: By what share of a step a slice may lie off its place among even steps.
-UNEVEN = 0.1
+#: How far a slice may lie off its place among even steps: a share of the step, or as headers round, in mm.
+UNEVEN, ROUNDED_MM = 0.1, 0.2
 
-#: So many times its length a compressed file may hold: zlib packs no tighter.
+#: So many times its length a compressed HDF5 file may hold: zlib packs no tighter.
 TIGHTEST = 1040
 
 
@@ -278,6 +284,9 @@ def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.floa
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder with the series' DICOM files.")
     inside = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name[0] != "."]
+    for path in inside:
+        if printable(path) != str(path):  # ITK would end the whole process
+            raise VolumeError(f"{printable(path)}: characters that cannot be printed in its path. Rename it.")
     known = [path for path in inside if is_dicom(path)]
     endings = {path.suffix.lower() for path in known} | {"", ".dcm", ".ima"}
     for path in inside:
@@ -302,10 +311,10 @@ def read_dicom(folder: str | Path) -> tuple[NDArray[np.float32], NDArray[np.floa
         decode_files = decode.pixels_apart if packed else decode.pixels
         frames = decode_files([file.path for file in files])
         if frames.shape != (len(slices), *slices[0].size):
-            raise RuntimeError(f"pixels of shape {frames.shape}")
+            raise RuntimeError(f"{folder}: pixels of shape {frames.shape}")
     except (RuntimeError, ValueError) as error:
-        how = f", stored as {', '.join(packed)}" if packed else ""
-        raise VolumeError(f"{folder}: cannot be read ({one_line(error)}{how}). Export it again.") from error
+        how = f" (stored as {', '.join(packed)})" if packed else ""
+        raise VolumeError(f"{one_line(error)}{how}. Export it again.") from error
     return checked_voxels(frames[order].T, folder), affine
 
 
@@ -317,6 +326,18 @@ def is_dicom(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
+def _kind(header: pydicom.Dataset) -> UID:
+    """The class of a DICOM object, as MR Image Storage."""
+    return UID(str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")))
+
+
+def holds_no_image(header: pydicom.Dataset) -> bool:
+    """Whether a header is that of a DICOMDIR, a report or the like, and not of a damaged image."""
+    kind = _kind(header)
+    known = kind in UID_dictionary or (kind.is_valid and not kind.startswith(STANDARD_ROOT))
+    return "Rows" not in header and known and "Image Storage" not in kind.name
+
+
 def _file(path: Path) -> _File | None:
     """What a DICOM file says of its image; None when it is no image, as a DICOMDIR or a report.
 
@@ -326,10 +347,8 @@ def _file(path: Path) -> _File | None:
     try:
         with warnings.catch_warnings(action="ignore"):  # of oddities that do not matter here
             header = pydicom.dcmread(path)
-            kind = pydicom.uid.UID(str(header.file_meta.get("MediaStorageSOPClassUID") or header.get("SOPClassUID")))
-            if "PixelData" not in header and "Rows" not in header and kind in UID_dictionary:
-                if "Image Storage" not in kind.name:
-                    return None
+            if "PixelData" not in header and holds_no_image(header):
+                return None
             for tag in list(header.keys()):
                 raw = header.get_item(tag)
                 if isinstance(raw, RawDataElement) and raw.length != ANY_LENGTH and len(raw.value or b"") < raw.length:
@@ -341,11 +360,11 @@ def _file(path: Path) -> _File | None:
 
 def _compression(header: pydicom.Dataset) -> str:
     """How pixels are stored, "" where they are as they are; refuses colour and what the file cannot hold."""
-    if int(header.get("SamplesPerPixel", 1)) != 1 or header.get("PhotometricInterpretation", "") != "MONOCHROME2":
+    if int(header.get("SamplesPerPixel") or 1) != 1 or header.get("PhotometricInterpretation", "") != "MONOCHROME2":
         raise ValueError(f"PhotometricInterpretation is {header.get('PhotometricInterpretation')} and not MONOCHROME2")
     syntax = header.file_meta.TransferSyntaxUID
     voxels = int(header.Rows) * int(header.Columns) * int(header.get("NumberOfFrames") or 1)
-    held = len(header.PixelData) * (TIGHTEST if syntax.is_compressed else 1)
+    held = MOST_BYTES if syntax.is_compressed else len(header.PixelData)
     if voxels * int(header.BitsAllocated) > 8 * held:
         raise ValueError(f"its pixels are too few for {header.Rows} rows of {header.Columns}")
     return str(syntax.name) if syntax.is_compressed else ""
@@ -366,6 +385,8 @@ def _slices(path: Path, header: pydicom.Dataset) -> list[_Slice]:
         return _numbers(header, word)
 
     group = "PixelValueTransformationSequence"
+    if any(group in facts for facts in (*frames, *shared)) and "Enhanced" not in _kind(header).name:
+        raise ValueError(f"{group} in what is no Enhanced image")
     if len({(*of_frame(k, group, "RescaleSlope"), *of_frame(k, group, "RescaleIntercept")) for k in range(count)}) > 1:
         raise ValueError("its frames are rescaled in several ways")
     return [
@@ -387,6 +408,16 @@ def _numbers(facts: pydicom.Dataset, word: str) -> list[float]:
     return [] if value is None else [float(x) for x in (value if isinstance(value, MultiValue) else [value])]
 
 
+def _directions(turn: Sequence[float]) -> NDArray[np.float64] | None:
+    """Unit vectors (2, 3) along a row and along a column; None where ImageOrientationPatient has no such two."""
+    along = np.reshape(turn, (2, 3))
+    lengths = np.linalg.norm(along, axis=1, keepdims=True)
+    if np.abs(lengths - 1).max() > 0.1:
+        return None
+    along = along / lengths
+    return along if abs(float(along[0] @ along[1])) < math.sin(math.radians(RIGHT_ANGLE_DEGREES)) else None
+
+
 def _stack(folder: Path, slices: Sequence[_Slice]) -> tuple[list[int], NDArray[np.float64]]:
     """The order of the slices from the first place to the last, and the affine (4, 4) to RAS mm of their stack.
 
@@ -398,8 +429,8 @@ def _stack(folder: Path, slices: Sequence[_Slice]) -> tuple[list[int], NDArray[n
         name = f"{one.path}{one.frame}"
         if len(one.turn) != 6 or len(one.corner) != 3 or not np.isfinite([*one.turn, *one.corner]).all():
             raise VolumeError(f"{name}: does not say where it lies. Export it again.")
-        along = np.reshape(one.turn, (2, 3))
-        if not np.allclose(along @ along.T, np.eye(2), atol=1e-2):
+        along = _directions(one.turn)
+        if along is None:
             raise VolumeError(f"{name}: its rows and columns do not meet at right angles. Export it again.")
         if not np.allclose(one.turn, first.turn, atol=1e-2):
             raise VolumeError(f"{name}: turned against the other slices of its series; a localiser? Split them.")
@@ -412,7 +443,8 @@ def _stack(folder: Path, slices: Sequence[_Slice]) -> tuple[list[int], NDArray[n
             raise VolumeError(f"{name}: {sizes[0]}, but {first.path.name} has {sizes[1]}. Split the series.")
     if len(slices) < 2:
         raise VolumeError(f"{folder}: one slice is not a 3D volume. Give the folder with all files of the series.")
-    rows = np.reshape(first.turn, (2, 3))
+    rows = _directions(first.turn)
+    assert rows is not None  # else refused above
     corners = np.array([one.corner for one in slices])
     places = corners @ np.cross(*rows)
     order = [int(k) for k in np.argsort(places, kind="stable")]
@@ -424,11 +456,12 @@ def _stack(folder: Path, slices: Sequence[_Slice]) -> tuple[list[int], NDArray[n
         raise VolumeError(
             f"{folder}: two slices lie at one place ({two}); a copy, or several echoes or times? Split it."
         )
-    if steps.max() > 1.2 * usual and np.allclose(steps, np.round(steps / usual) * usual, atol=UNEVEN * usual):
+    most = min(max(UNEVEN * usual, ROUNDED_MM), usual / 2)
+    if steps.max() > 1.5 * usual and np.allclose(steps, np.round(steps / usual) * usual, atol=UNEVEN * usual):
         raise VolumeError(f"{folder}: slices lie {usual:.2f} mm apart, but once {steps.max():.2f} mm: one is missing.")
     step = (corners[order[-1]] - corners[order[0]]) / (len(order) - 1)
     off = np.linalg.norm(corners[order] - corners[order[0]] - np.arange(len(order))[:, None] * step, axis=1).max()
-    if off > UNEVEN * usual:
+    if off > most:
         raise VolumeError(f"{folder}: up to {off:.1f} mm off even steps: several stacks in one series? Split it.")
     aside = float(np.linalg.norm(np.cross(step, np.cross(*rows)))) * (len(order) - 1)
     if aside > np.tan(np.radians(RIGHT_ANGLE_DEGREES)) * (places.max() - places.min()):

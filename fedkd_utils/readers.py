@@ -7,7 +7,6 @@ Voxels stay as they are stored; the affine says where they lie. Nothing is read 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import warnings
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedkd_utils import site_folder
 from fedkd_utils.errors import VolumeError, one_line
-from fedkd_utils.formats import hdf5_keys, is_dicom, read_dicom, read_hdf5, read_metaimage
+from fedkd_utils.formats import hdf5_keys, holds_no_image, is_dicom, read_dicom, read_hdf5, read_metaimage
 from fedkd_utils.settings import CARTILAGES
 from fedkd_utils.transforms import (
     checked_voxels,
@@ -41,7 +40,7 @@ Loaded = tuple[NDArray[np.float32] | None, NDArray[np.uint8] | None, NDArray[np.
 NO_PATELLA = (1, 2)
 
 #: So many DICOM files of a folder are looked at for an image: reports may come first.
-LOOKED_AT = 50
+LOOKED_AT = 500
 
 
 @dataclass(frozen=True)
@@ -382,15 +381,16 @@ def dicom_folder(folder: Path) -> list[Reading]:
 
 
 def _first_image(folder: Path) -> Path | None:
-    """The first DICOM file of a folder that holds an image, or is damaged; None in one of DICOMDIR or reports only."""
-    for path in itertools.islice(filter(is_dicom, sorted(folder.iterdir())), LOOKED_AT):
+    """The first DICOM file of a folder that holds an image, or may; None in one of a DICOMDIR or reports only."""
+    for number, path in enumerate(filter(is_dicom, sorted(folder.iterdir()))):
         try:
             with warnings.catch_warnings(action="ignore"):
-                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows"])
+                header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "SOPClassUID"])
+                if number < LOOKED_AT and holds_no_image(header):
+                    continue
         except Exception:  # loading says so
-            return path
-        if "Rows" in header:
-            return path
+            pass
+        return path
     return None
 
 

@@ -197,6 +197,10 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+#: What to do where hospitals number their patients apart.
+NUMBERED = "Numbers in `subjects` count over all sites: where a hospital counts its own, call its 7 P7."
+
+
 def name_of(folder: Path) -> str:
     """What a site's folder is called where it lies, also when it is a link to another one."""
     return printable(Path(os.path.abspath(folder)).name)
@@ -473,7 +477,7 @@ def assert_no_leakage(cohort: Cohort) -> None:
     Raises:
         CohortError: names both places.
     """
-    seen: dict[tuple[str, object], tuple[object, str]] = {}
+    seen: dict[tuple[str, object], tuple[tuple[str, str], str]] = {}
     for site in (cohort.repository, *cohort.clients):
         for split in SPLITS:
             for item in getattr(site, split):
@@ -482,4 +486,6 @@ def assert_no_leakage(cohort: Cohort) -> None:
                 for key in (("subject", item.subject), ("content", _content(item.image))):
                     there, other = seen.setdefault(key, (place, words))
                     if other != words and (key[0] == "content" or there != place):
-                        raise CohortError(f"the same {key[0]} twice: {other} and {words}. Keep one of them.")
+                        text = f"the same {key[0]} twice: {other} and {words}. Keep one of them."
+                        elsewhere = key[0] == "subject" and there[0] != site.name
+                        raise CohortError(f"{text} {NUMBERED}" if elsewhere else text)

@@ -169,7 +169,7 @@ def site_folders(folder: str | Path) -> dict[str, Path]:
     return {site_folder.name_of(path): path for path in inside}
 
 
-def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
+def check_sites(folder: str | Path, progress: Progress | None = None, *, dealt: bool = False) -> Report:
     """Inspect one folder per site: every file is read, nothing is written, and no fault hides the next one.
 
     Errors: what cannot be read, no spacing or orientation, unknown label values, labels without or on another grid than
@@ -182,13 +182,14 @@ def check_sites(folder: str | Path, progress: Progress | None = None) -> Report:
 
     Args:
         progress: called with the name of each file.
+        dealt: the sites keep the splits that they have, so that nobody has to be dealt to others.
 
     Raises:
         FileNotFoundError, VolumeError: see :func:`site_folders`.
     """
     report = Report()
     for site, path in begin(report, folder).items():
-        for reading in readings(report, site, path):
+        for reading in readings(report, site, path, dealt=dealt):
             inspect(report, site, reading, progress)
     compare(report)
     return report
@@ -204,8 +205,8 @@ def begin(report: Report, folder: str | Path) -> dict[str, Path]:
     return found
 
 
-def readings(report: Report, site: str, path: Path) -> list[Reading]:
-    """The volumes of a site, with what can be said before any is loaded."""
+def readings(report: Report, site: str, path: Path, *, dealt: bool = False) -> list[Reading]:
+    """The volumes of a site, with what can be said before any is loaded; ``dealt`` as for :func:`check_sites`."""
     report.layouts[site] = readers.layout(path) or ""
     report.facts[site] = []
     try:
@@ -219,7 +220,7 @@ def readings(report: Report, site: str, path: Path) -> list[Reading]:
         return found
     _warn_of_names(report, site, path, found)
     try:
-        split_by_person(found, path, 0)
+        split_by_person([] if dealt else found, path, 0)
     except VolumeError as error:
         report.add("error", str(error))
     if held := sum(reading.split in HELD_OUT and not reading.classes for reading in found):
@@ -395,7 +396,7 @@ def compare(report: Report) -> None:
     """What only several volumes together show: copies, copied labels, and people in two places."""
     before: list[VolumeFacts] = []
     labels: dict[str, VolumeFacts] = {}
-    people: dict[str, tuple[str, str]] = {}
+    people: dict[str, tuple[str, str, str]] = {}
     for site, volumes in report.facts.items():
         for volume in volumes:
             here = f"{site} {volume.split or 'volumes'}"
@@ -407,12 +408,11 @@ def compare(report: Report) -> None:
             if twin is None and drawn.subject != volume.subject:
                 text = f"{volume.path}: its label is that of {drawn.path}, voxel by voxel, but the image is another one"
                 report.add("warning", f"{text}. Was it copied to the wrong name?")
-            there, other = people.setdefault(volume.subject, (here, str(volume.path)))
+            there, where, other = people.setdefault(volume.subject, (here, site, str(volume.path)))
             if there != here:
                 text = f"{volume.path}: the same person as {other} ({here}, {there}). Keep people in one split."
-                counted = volume.subject.isdecimal() and here.split()[0] != there.split()[0]
-                known = " Numbers in `subjects` count over all sites; name another hospital's 7 P7 or the like."
-                report.add("error", text + known if counted else text)
+                counted = volume.subject.isdecimal() and site != where
+                report.add("error", f"{text} {site_folder.NUMBERED}" if counted else text)
         sizes = np.array([volume.spacing_mm for volume in volumes])
         if len(sizes) and (np.sort(sizes, axis=1).max(axis=0) / np.sort(sizes, axis=1).min(axis=0)).max() > 3:
             report.add("warning", f"{site}: voxel sizes differ more than threefold; several protocols?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 from collections.abc import Callable
 from itertools import permutations, product
@@ -480,29 +481,77 @@ def test_an_enhanced_file_is_read_like_a_series_of_single_slices(tmp_path: Path)
         formats.read_dicom(path.parent)
 
 
-def test_a_damaged_jpeg_ends_nothing_but_its_decoder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One byte of a lossless JPEG, the bits of a pixel, makes GDCM end its process."""
-    series = sagittal_series(tmp_path / "a", grey((7, 6, 5)))
-    whole, _ = formats.read_dicom(series)
-    for path in series.iterdir():
+def compressed(series: Path, compressor: str) -> Path:
+    """A series with the pixels of every file compressed by GDCM, in files with the ending .dcm."""
+    for path in list(series.iterdir()):
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(path))
         writer = sitk.ImageFileWriter()
         writer.KeepOriginalImageUIDOn()
         writer.SetImageIO("GDCMImageIO")
         writer.UseCompressionOn()
-        writer.SetCompressor("JPEG")
-        writer.SetFileName(str(path.with_suffix(".dcm")))
+        writer.SetCompressor(compressor)
+        writer.SetFileName(f"{path}.dcm")
         writer.Execute(reader.Execute())
         path.unlink()
-    assert pydicom.dcmread(path.with_suffix(".dcm")).file_meta.TransferSyntaxUID == JPEGLosslessSV1
+    return series
+
+
+def test_a_damaged_jpeg_ends_nothing_but_its_decoder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One byte of a lossless JPEG, the bits of a pixel, makes GDCM end its process."""
+    series = sagittal_series(tmp_path / "a", grey((7, 6, 5)))
+    whole, _ = formats.read_dicom(series)
+    compressed(series, "JPEG")
+    path = sorted(series.iterdir())[2]
+    assert pydicom.dcmread(path).file_meta.TransferSyntaxUID == JPEGLosslessSV1
     assert np.array_equal(formats.read_dicom(series)[0], whole)
-    content = bytearray(path.with_suffix(".dcm").read_bytes())
+    content = bytearray(path.read_bytes())
     content[content.rfind(b"\xff\xc3") + 4] = 0xFF
-    path.with_suffix(".dcm").write_bytes(content)
-    with pytest.raises(VolumeError, match=r"/a: cannot be read .* stored as JPEG Lossless.* Export it again"):
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match=re.escape(f"{path}: its compressed pixels cannot")):
         formats.read_dicom(series)
     assert capfd.readouterr().err == ""
+
+
+def test_positions_and_directions_that_were_rounded_are_taken(tmp_path: Path) -> None:
+    turn = np.array([[0.0, np.cos(0.2), np.sin(0.2)], [0.0, np.sin(0.2), -np.cos(0.2)]])
+    series = moved(sagittal_series(tmp_path / "a", grey((7, 6, 60))), lambda k: [round(-0.36 * k, 1), 0.0, 0.0])
+    for path in series.iterdir():
+        header = pydicom.dcmread(path)
+        header.ImageOrientationPatient = turn.round(2).ravel().tolist()
+        header.save_as(path)
+    _, affine = formats.read_dicom(series)
+    assert np.allclose(nib.affines.voxel_sizes(affine), (0.36, 0.36, 0.36), atol=2e-3)
+
+
+def test_blank_slices_take_few_bytes(tmp_path: Path) -> None:
+    volume = grey((96, 96, 4))
+    volume[..., [0, 3]] = 0
+    series = compressed(sagittal_series(tmp_path / "a", volume), "JPEG2000")
+    assert np.array_equal(np.sort(formats.read_dicom(series)[0].ravel()), np.sort(volume.ravel()))
+
+
+def test_a_path_that_itk_cannot_take_is_named(tmp_path: Path) -> None:
+    series = sagittal_series(tmp_path / "a", grey((7, 6, 5)))
+    moved_to = Path(os.fsdecode(os.fsencode(tmp_path) + b"/Kn\xfc"))
+    series.rename(moved_to)
+    with pytest.raises(VolumeError, match=r"Kn\\udcfc/.*: characters that cannot be printed in its path. Rename it"):
+        formats.read_dicom(moved_to)
+
+
+def test_a_scale_of_frames_that_nobody_applies_is_refused(tmp_path: Path) -> None:
+    path = enhanced(tmp_path / "a" / "enhanced.dcm", grey((7, 6, 5)), [0, 1, 2, 3, 4])
+    header = pydicom.dcmread(path)
+    scale = pydicom.Dataset()
+    scale.RescaleSlope, scale.RescaleIntercept = "2", "0"
+    header.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence = [scale]
+    header.save_as(path)
+    voxels, _ = formats.read_dicom(path.parent)
+    assert voxels.max() > 1000  # twice the numbers below 1000
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = MRImageStorage
+    header.save_as(path)
+    with pytest.raises(VolumeError, match="in what is no Enhanced image"):
+        formats.read_dicom(path.parent)
 
 
 def test_what_is_no_image_beside_a_series_is_passed_over(tmp_path: Path) -> None:
@@ -515,8 +564,9 @@ def test_what_is_no_image_beside_a_series_is_passed_over(tmp_path: Path) -> None
     header = pydicom.dcmread(path)
     for word in ("PixelData", "Rows", "Columns"):
         delattr(header, word)
-    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = ComprehensiveSRStorage
-    header.save_as(tmp_path / "a" / "report")
+    for name, kind in (("report", ComprehensiveSRStorage), ("Siemens", "1.3.12.2.1107.5.9.1")):
+        header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = kind
+        header.save_as(tmp_path / "a" / name)
     (tmp_path / "a" / "notes.txt").write_text("knee")
     assert np.array_equal(formats.read_dicom(tmp_path / "a")[0], whole)
 

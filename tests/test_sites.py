@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import os
@@ -304,7 +305,7 @@ def test_a_number_at_two_hospitals_is_explained(two: Path) -> None:
     for site, file in (("north", "k0.nii.gz"), ("Süd Klinik", "k0.nii.gz")):
         (two / site / "dataset.json").write_text(json.dumps({"subjects": {file: 7}}))
     (error,) = sites.check_sites(two).errors
-    assert "the same person as" in error.text and "count over all sites; name another hospital's 7 P7" in error.text
+    assert "the same person as" in error.text and "count over all sites: where a hospital counts its own" in error.text
 
 
 def test_a_patients_disc_is_read_through_its_folders(two: Path) -> None:
@@ -324,6 +325,37 @@ def test_a_patients_disc_is_read_through_its_folders(two: Path) -> None:
     report = sites.check_sites(two)
     assert not report.errors, report.errors
     assert [facts.path.name for facts in report.facts["disc"]] == ["S1", "S2"]
+
+
+def test_a_series_that_was_cut_on_the_way_or_lies_behind_reports_is_not_lost(two: Path) -> None:
+    for name in ("cut", "behind"):
+        sagittal_series(two / "scans" / name, knee(len(name))[0], (3.0, 3.0, 3.0))
+    for path in (two / "scans/cut").iterdir():
+        path.write_bytes(path.read_bytes()[:600])
+    header = pydicom.dcmread(next((two / "scans/behind").iterdir()))
+    del header.PixelData, header.Rows
+    header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = "1.2.840.10008.5.1.4.1.1.11.1"
+    for number in range(60):
+        header.save_as(two / f"scans/behind/!{number}")
+    report = sites.check_sites(two)
+    assert [facts.path.name for facts in report.facts["scans"]] == ["behind"]
+    assert "scans/cut/" in report.errors[0].text and "damaged" in report.errors[0].text
+
+
+def test_sites_that_are_dealt_keep_their_splits(two: Path) -> None:
+    """One volume to train on, one to validate on and one to test on are enough to run, and too few to deal again."""
+    (two / "north/labelsTr/k3.nii.gz").unlink()
+    facts = {"validation": ["imagesTr/k1_0000.nii.gz"], "test": ["imagesTr/k2_0000.nii.gz"]}
+    (two / "north/dataset.json").write_text(json.dumps(facts))
+    for dealt in (False, True):
+        assert not sites.check_sites(two, dealt=dealt).errors
+    (two / "north/dataset.json").write_text(json.dumps({"test": facts["test"]}))
+    assert not sites.check_sites(two, dealt=True).errors
+    for k in (1, 2):
+        (two / f"north/labelsTr/k{k}.nii.gz").unlink()
+    (error,) = sites.check_sites(two).errors
+    assert "too few to train, validate and test on" in error.text
+    assert not sites.check_sites(two, dealt=True).errors
 
 
 def test_people_whom_nobody_named_are_still_that_after_prepare(two: Path, tmp_path: Path) -> None:
@@ -735,7 +767,7 @@ def test_a_disk_without_room_leaves_nothing_and_is_named(two: Path, room: int) -
     """The system itself refuses to write so much: at the first file, at a later one, and at the preview page."""
     before, out = tree(two.parent), two.parent / "out"
     command = [sys.executable, "-c", FULL, str(two), str(out), str(room)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=Path(__file__).parent.parent)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert "cannot be written (File too large): make room, or write elsewhere" in done.stderr
     assert str(out) in done.stderr and ".building" not in done.stderr
@@ -805,9 +837,18 @@ def test_a_result_is_made_again_when_a_site_says_another_thing_of_the_same_files
     assert set(frame.loc[frame["client"] != "north", "class"]) == {1, 2, 3}
 
 
-def test_sites_need_volumes_to_validate_on(two: Path) -> None:
-    with pytest.raises(ValueError, match="validation volume"):
-        experiments.run_sites("fedavg", sites.open_sites(two), OWN, show_progress=False)
+@pytest.mark.parametrize("part", ["training", "validation", "test"])
+def test_clients_need_labelled_volumes_of_every_split(two: Path, part: str) -> None:
+    cohort = sites.open_sites(two)
+    clients = []
+    for site in cohort.clients:
+        parts = dict(zip(("training", "validation", "test"), ((item,) for item in site.training), strict=False))
+        clients.append(dataclasses.replace(site, **parts))  # type: ignore[arg-type]
+    whole = dataclasses.replace(cohort, clients=tuple(clients))
+    clients[1] = dataclasses.replace(clients[1], **{part: ()})  # type: ignore[arg-type]
+    lacking = dataclasses.replace(whole, clients=tuple(clients))
+    with pytest.raises(ValueError, match=f"no labelled {part} volume. Name some in dataset.json"):
+        experiments.run_sites("fedavg", lacking, OWN, show_progress=False)
 
 
 def test_from_folders_to_a_label_of_another_volume(
