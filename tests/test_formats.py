@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import locale
 import os
 import re
 from collections.abc import Callable
@@ -483,6 +484,7 @@ def test_an_enhanced_file_is_read_like_a_series_of_single_slices(tmp_path: Path)
 
 def compressed(series: Path, compressor: str) -> Path:
     """A series with the pixels of every file compressed by GDCM, in files with the ending .dcm."""
+    before = locale.setlocale(locale.LC_ALL)
     for path in list(series.iterdir()):
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(path))
@@ -494,6 +496,7 @@ def compressed(series: Path, compressor: str) -> Path:
         writer.SetFileName(f"{path}.dcm")
         writer.Execute(reader.Execute())
         path.unlink()
+    locale.setlocale(locale.LC_ALL, before)  # GDCM leaves that of C behind
     return series
 
 
