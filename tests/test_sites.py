@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from tiny import TINY
 from fedkd_utils import experiments, networks, prepare, segment, site_folder, sites, transforms
 from fedkd_utils.__main__ import main
 from fedkd_utils.errors import CohortError, VolumeError
-from fedkd_utils.files import nifti_bytes
+from fedkd_utils.files import folder_in_one_step, nifti_bytes
 from fedkd_utils.readers import Reading
 
 SPACING = (4.0, 1.2, 1.2)
@@ -777,7 +779,19 @@ def test_a_disk_without_room_leaves_nothing_and_is_named(two: Path, room: int) -
 def test_a_place_that_cannot_be_written_is_named(two: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (two.parent / "file").write_text("")
     assert main(["prepare", str(two), str(two.parent / "file" / "out")]) == 1
-    assert "file" in capsys.readouterr().err
+    assert f"{two.parent / 'file'}" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_read_only_is_named_as_the_user_named_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: object) -> str:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / ".out-x1.building"))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(OSError, match="cannot be written .*: write elsewhere") as caught:
+        folder_in_one_step(tmp_path / "out").__enter__()
+    assert caught.value.filename == str(tmp_path / "out")
 
 
 # --- run ------------------------------------------------------------
@@ -849,6 +863,17 @@ def test_clients_need_labelled_volumes_of_every_split(two: Path, part: str) -> N
     lacking = dataclasses.replace(whole, clients=tuple(clients))
     with pytest.raises(ValueError, match=f"no labelled {part} volume. Name some in dataset.json"):
         experiments.run_sites("fedavg", lacking, OWN, show_progress=False)
+
+
+def test_a_volume_that_cannot_be_used_stops_a_run_before_any_training(
+    prepared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments, "run_sites", lambda *_, **__: pytest.fail("trained"))
+    path = sorted((prepared / "north" / "imagesTs").iterdir())[0]
+    nib.save(nib.Nifti1Image(np.ones((9, 9, 9, 2), np.float32), np.eye(4)), path)
+    assert main(["run", "--sites", str(prepared)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {path}: ") and "not a 3D volume" in shown and shown.count("\n") == 1
 
 
 def test_from_folders_to_a_label_of_another_volume(
