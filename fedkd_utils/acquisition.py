@@ -149,7 +149,7 @@ class Scanner:
 
     name: str
     title: str
-    sequence: Sequence | None  # None: a new random sequence for every scan
+    sequence: Sequence | None  # None: another one for every scan, of ``protocols``, or random when there are none
     shape: tuple[int, int, int]  # voxels along left-right (the slices), posterior-anterior, inferior-superior
     spacing_mm: tuple[float, float, float]
     noise: float = 0.03  # standard deviation of the noise in either channel, relative to the bright tissue
@@ -157,6 +157,7 @@ class Scanner:
     k_space: float = 0.85  # share of the in-plane k-space that is acquired; the rest is zero-filled
     orientation: str = "RAS"  # axis codes of the stored array
     recontrasted: bool = False  # every image gets a contrast of its own afterwards (see recontrast.py)
+    protocols: tuple[Sequence, ...] = ()
 
 
 def _clinic(name: str, title: str, sequence: Sequence, **more: object) -> Scanner:
@@ -242,6 +243,27 @@ SCANNERS["recontrasted"] = replace(
     recontrasted=True,
 )
 
+#: The scanner of each client of a setting, in turn.
+CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
+
+
+def protocols_of(setting: str) -> str:
+    """The name of the scanner that has the sequences of a setting's clients: TR, TE, flip angle, fat suppression.
+
+    They stand in the header of every DICOM file. All else is the "random" scanner's: grid, coil, noise, and tissues
+    that vary twice as much as the clients'.
+    """
+    return f"protocols_{setting}"
+
+
+for _setting, _names in CLIENT_SCANNERS.items():
+    SCANNERS[protocols_of(_setting)] = replace(
+        SCANNERS["random"],
+        name=protocols_of(_setting),
+        title="for every scan the sequence of one of the hospitals",
+        protocols=tuple(s for s in (SCANNERS[name].sequence for name in _names) if s is not None),
+    )
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -308,10 +330,14 @@ def _truncate_k_space(image: torch.Tensor, share: float) -> torch.Tensor:
     return torch.fft.ifft2(k).real
 
 
+def _drawn_sequence(scanner: Scanner, rng: np.random.Generator) -> Sequence:
+    return scanner.protocols[rng.integers(len(scanner.protocols))] if scanner.protocols else random_sequence(rng)
+
+
 def begin_scan(subject_seed: int, scanner: Scanner, scan_seed: int) -> tuple[np.random.Generator, Sequence, Pose]:
     """What is settled before a knee is scanned: the generator of all that follows, the sequence and the pose."""
     rng = np.random.default_rng([0x5343414E, subject_seed, scan_seed])
-    sequence = scanner.sequence or random_sequence(rng)
+    sequence = scanner.sequence or _drawn_sequence(scanner, rng)
     return rng, sequence, Pose(tuple(rng.normal(0, 4, 3)), tuple(rng.normal(0, [2.5, 4, 5])))
 
 

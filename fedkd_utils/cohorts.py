@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from fedkd_utils import acquisition
-from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
+from fedkd_utils.acquisition import CLIENT_SCANNERS, SCANNERS, Scan, Scanner, protocols_of
 from fedkd_utils.errors import CohortError
 from fedkd_utils.files import folder_in_one_step, nifti_bytes, write_atomically
 from fedkd_utils.provenance import code_hash
@@ -36,9 +36,6 @@ Plan = dict[str, tuple[Scanner, dict[str, list[int]]]]  # site -> its scanner, s
 #: The modules that make the files; their hash as they were at import, since a kernel may outlive an edit.
 DATA_CODE = ("anatomy", "recontrast", "acquisition", "files", "cohorts")
 _CODE = code_hash(DATA_CODE)
-
-#: The scanner of each client, in turn.
-CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t2_fs", "gre")}
 
 #: Beside the clients: the truth of their unlabelled volumes.
 HIDDEN = "hidden"
@@ -119,7 +116,8 @@ def make_repository(
     Args:
         settings: numbers of volumes.
         scanner: "repository_dess"; "random" for the same subjects through a new random sequence each; "recontrasted"
-            for the DESS images with a new random contrast each, made from image and label alone.
+            for the DESS images with a new random contrast each, made from image and label alone; or another of
+            ``acquisition.SCANNERS``.
         seed: another seed, other subjects.
         root: where cohorts are kept; :func:`settings.cache_folder` when not given.
         workers: processes that make volumes side by side, by default one per core; 1 makes them in this one.
@@ -137,6 +135,11 @@ def make_repository(
     folder = (root or cache_folder()) / f"repository-{scanner}-{settings.name}-s{seed}-{_hash(plan, scan)}"
     _make(folder, plan, workers, scan, f"repository ({SCANNERS[scanner].title})" if progress else None)
     return open_site(folder / "repository")
+
+
+def teacher_scanner(settings: Settings, setting: str) -> str:
+    """The scanner of the repository that the teacher of a setting learns from (``settings.teacher_contrast``)."""
+    return protocols_of(setting) if settings.teacher_contrast == "protocols" else settings.teacher_contrast
 
 
 def scanner_for(settings: Settings, name: str) -> Scanner:

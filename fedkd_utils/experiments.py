@@ -159,9 +159,9 @@ def run_sites(
         settings = any_contrast(settings)
     teachers = []
     if method.needs_teacher:
-        teachers = [_teacher(settings, seed, root, show_progress, own)]
+        teachers = [_teacher(settings, cohort.setting, seed, root, show_progress, own)]
     if method.chooses_teacher and own is not None:
-        teachers.append(_teacher(any_contrast(settings), seed, root, show_progress))
+        teachers.append(_teacher(any_contrast(settings), cohort.setting, seed, root, show_progress))
     if method.pooled:
         cohort = replace(cohort, clients=tuple(replace(site, unlabelled=()) for site in cohort.clients))
     ready = _Ready(method, settings, cohort, tuple(teachers))
@@ -283,7 +283,7 @@ def _ready(
     if method.chooses_teacher:
         contrasts.append("random")
     choices = [replace(settings, teacher_contrast=contrast) for contrast in contrasts]
-    return _Ready(method, settings, cohort, tuple(_teacher(s, seed, root, show_progress) for s in choices))
+    return _Ready(method, settings, cohort, tuple(_teacher(s, setting, seed, root, show_progress) for s in choices))
 
 
 def _training_sites(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
@@ -344,7 +344,12 @@ def for_all(outcome: FederationResult, names: Sequence[str]) -> FederationResult
 
 
 def _teacher(
-    settings: Settings, seed: int, root: Path | None, show_progress: bool, repository: Site | None = None
+    settings: Settings,
+    setting: str,
+    seed: int,
+    root: Path | None,
+    show_progress: bool,
+    repository: Site | None = None,
 ) -> Teacher:
     """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches.
 
@@ -352,7 +357,7 @@ def _teacher(
     """
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
         if repository is None:
-            repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+            repository = cohorts.make_repository(settings, cohorts.teacher_scanner(settings, setting), root=root)
         return teacher_on(repository, settings, seed, root, advance)
 
 

@@ -54,6 +54,9 @@ from fedkd_utils.training import (
 )
 from fedkd_utils.transforms import Case, SiteData
 
+#: The shares of the average in a client's student that it may choose from after the last round, where a row mixes.
+MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
 
 @dataclass(frozen=True)
 class FederationResult:
@@ -344,8 +347,9 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     """
     settings, before = plan.settings, run.students.get("", {})
     averages = plan.method.averages(number, settings)
+    mixes = plan.method.mixes and number == settings.rounds
     together = settings.clip_norm is not None or plan.method.groups
-    running = FedAvg(plan.axes, before) if averages and settings.clip_norm is None else None
+    running = FedAvg(plan.axes, before) if (averages or mixes) and settings.clip_norm is None else None
     teachers, held = RunningMean(), list[Update]()
     metrics: dict[str, dict[str, float]] = {}
     kept: dict[str, State] = {}
@@ -356,7 +360,8 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         if not averages:
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
-            continue
+            if not mixes:
+                continue
         if together:
             held.append(update)
         if running is not None:
@@ -366,6 +371,8 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
             teachers.add(update.teacher_state, update.n_examples)
             run.ledger.record(number, "up", update.client, "teacher", update.teacher_state)
     run.kept = kept
+    if mixes and running is not None:
+        _mix(plan, run, running.average(), number)
     if not averages:
         return metrics
     if running is not None:
@@ -382,6 +389,23 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         if teachers.weight and run.teacher is not None:
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
     return metrics
+
+
+def _mix(plan: Plan, run: Run, average: State, number: int) -> None:
+    """Each client gets the average of all and keeps the mixture with its own student that validates best.
+
+    (The mixture of APFL, Deng et al., 2020, arXiv 2003.13461, of weights in the place of models.)
+    """
+    network = place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device)
+    for site in plan.sites:
+        run.ledger.record(number, "down", site.name, "student", average)
+        own, best = run.students[site.name], float("nan")
+        for share in MIXTURES:
+            mixed = blend(own, average, share)
+            load_state(network, mixed)
+            score = scores_on(network, site.validation)["validation"]
+            if share == 0 or is_better(score, best):
+                run.students[site.name], best = mixed, score
 
 
 def _validate(

@@ -40,6 +40,7 @@ class Method:
     weighs_trust: bool = False  # distils as much as the teacher agrees with the client's labels
     chooses_teacher: bool = False  # gets both teachers; the one that agrees more with the few labels is used
     ends_alone: bool = False  # after half of the rounds nothing is averaged any more
+    mixes: bool = False  # after the last round each client mixes its student with the average of all
     local_normalisation: bool = False  # normalisation layers never leave a client
     groups: bool = False  # averaged within random groups of clients, anew in each round
     pooled: bool = False  # one site holds everything, hidden labels too
@@ -86,11 +87,13 @@ _UAMT = "Yu et al., MICCAI 2019, doi:10.1007/978-3-030-32245-8_67"
 _FEDAVG = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
 _TEACHER = "a repository with labels"
 _RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
+_PROTOCOLS = "tissue maps of the repository, and the clients' sequences: TR, TE, flip angle, fat suppression"
 _SAME = "a repository with labels, no more than the paper"
 
 #: Ours: a response that a student feels, at full weight from the first step because the teacher is frozen and ready.
 _STRONG = {"response_loss": "cross_entropy_dice", "response_weight": 1.0, "response_ramp": 0.0}
 _CONTRAST = {"teacher_contrast": "random"}
+_OWN_CONTRAST = {"teacher_contrast": "protocols"}
 _RECONTRAST = {"teacher_contrast": "recontrasted"}
 
 #: The rows that the notebooks build up, and that ``make run`` compares.
@@ -247,6 +250,35 @@ ROWS: dict[str, Method] = {
             starts_at_teacher=True,
             chooses_teacher=True,
             ends_alone=True,
+        ),
+        Method(
+            "teacher_protocols",
+            "Protocol teacher only",
+            None,
+            "ours: trained on the repository's tissue maps, scanned anew with the clients' sequences",
+            _PROTOCOLS,
+            federated=False,
+            changes=_OWN_CONTRAST,
+        ),
+        Method(
+            "finetune_protocols",
+            "Fine-tuned protocol teacher",
+            supervised,
+            "ours",
+            _PROTOCOLS,
+            starts_at_teacher=True,
+            changes=_OWN_CONTRAST,
+        ),
+        Method(
+            "mixed_protocols",
+            "Protocol teacher, fine-tuned together, then alone, then mixed",
+            supervised,
+            "ours; mixing own and common weights: Deng et al., 2020, arXiv 2003.13461",
+            _PROTOCOLS,
+            starts_at_teacher=True,
+            ends_alone=True,
+            mixes=True,
+            changes=_OWN_CONTRAST,
         ),
         Method(
             "dual_kd_random",

@@ -58,7 +58,7 @@ class Settings:
     mask_classes: int  # ln of it is the mask's ceiling: 4 as in the paper (all classes), 2 as in the released code
     response_loss: str  # "squares" as the paper, or "cross_entropy_dice"
     response_ramp: float  # the share of the run over which the response's weight ramps up; 0: none
-    teacher_contrast: str  # a scanner of acquisition.SCANNERS: "repository_dess", "random" or "recontrasted"
+    teacher_contrast: str  # a scanner of acquisition.SCANNERS, or "protocols": those of the clients (see cohorts.py)
     student_shrink: int  # the student's channels are the teacher's divided by this
     # The other rows (see fedkd_utils/methods.py).
     normalisation: str  # "own" (UNet: instance, V-Net: batch), "batch", "group" or "instance"

@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fedkd_utils import acquisition, anatomy, prepare, site_folder, sites, transforms
-from fedkd_utils.acquisition import SCANNERS, Scan, Scanner
+from fedkd_utils.acquisition import CLIENT_SCANNERS, SCANNERS, Scan, Scanner
 from fedkd_utils.anatomy import Pose
-from fedkd_utils.cohorts import CLIENT_SCANNERS
 from fedkd_utils.errors import VolumeError
 from fedkd_utils.files import folder_in_one_step
 from fedkd_utils.prepare import Entry

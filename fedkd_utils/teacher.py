@@ -140,7 +140,7 @@ def teacher_for(
     if settings.teacher_contrast == "repository_dess":
         repository = cohorts.make_cohort(settings, setting, root=root).repository
     else:
-        repository = cohorts.make_repository(settings, settings.teacher_contrast, root=root)
+        repository = cohorts.make_repository(settings, cohorts.teacher_scanner(settings, setting), root=root)
     return teacher_on(repository, settings, seed, root, progress)
 
 

@@ -160,3 +160,15 @@ def test_random_sequences_cover_light_and_dark_marrow():
         v = acquisition.tissue_signals(s) @ np.array([1.0, s.fat_residual])
         ratios.append(v[anatomy.MARROW] / v[anatomy.FEMORAL])
     assert np.mean(np.array(ratios) < 0.5) > 0.2 and np.mean(np.array(ratios) > 1.2) > 0.2
+
+
+@pytest.mark.parametrize("setting", list(acquisition.CLIENT_SCANNERS))
+def test_protocols_are_the_sequences_of_the_clients_and_nothing_else_of_theirs(setting: str) -> None:
+    scanner = SCANNERS[acquisition.protocols_of(setting)]
+    clients = [SCANNERS[name] for name in acquisition.CLIENT_SCANNERS[setting]]
+    drawn = [acquisition.begin_scan(subject, scanner, 1)[1] for subject in range(400)]
+    counts = {client.name: drawn.count(client.sequence) for client in clients}
+    assert sum(counts.values()) == 400
+    assert min(counts.values()) > 0.8 * 400 / len(clients)  # 3 sigma of a binomial(400, 1/4) is 26
+    own = {"name": "", "title": "", "protocols": ()}
+    assert replace(scanner, **own) == replace(SCANNERS["random"], **own)

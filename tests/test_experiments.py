@@ -254,6 +254,18 @@ def test_bad_requests_say_what_to_do(cache: Path) -> None:
         experiments.read_result(cache / "none.json")
 
 
+@pytest.mark.parametrize("setting", ["paper_like", "heterogeneous"])
+def test_the_protocol_teacher_learns_from_the_sequences_of_its_setting(setting: str, cache: Path) -> None:
+    result = run("teacher_protocols", cache, setting)
+    repository = cohorts.make_repository(TINY, f"protocols_{setting}", root=cache)
+    settings = ROWS["teacher_protocols"].adapt(TINY)
+    for made in (
+        teacher.teacher_on(repository, settings, root=cache),
+        teacher.teacher_for(settings, setting, root=cache),
+    ):
+        assert provenance.state_hash(made.network.state_dict()) == result.teacher["weights_sha256"]
+
+
 @pytest.mark.parametrize("blind", ["repository_dess", "random"])
 def test_the_few_labels_choose_the_teacher_and_both_are_paid_for(
     blind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
