@@ -105,7 +105,7 @@ def check_job(job: Job, teacher_update: TeacherUpdate = FROZEN) -> None:
         f"{method.title!r} averages no students: use the simulation": not method.federated or method.objective is None,
         f"{method.title!r} averages within groups of clients": method.groups,
         f"{method.title!r} chooses a model for each client, which would have to leave it": (
-            method.local_normalisation or method.ends_alone
+            method.federated and not method.shares_model
         ),
         f"{method.title!r} chooses between two teachers": method.chooses_teacher,
         f"a teacher that moves ({teacher_update.kind}) would travel in every round": teacher_update != FROZEN,

@@ -54,7 +54,7 @@ from fedkd_utils.training import (
 )
 from fedkd_utils.transforms import Case, SiteData
 
-#: The shares of the average in a client's student that it may choose from after the last round, where a row mixes.
+#: Where a row mixes: the shares of the average in a client's next student that it may choose from.
 MIXTURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -187,14 +187,9 @@ class Plan:
         """The key of the student with which a client starts a round: "" when all start with the same."""
         return site.name if site.name in run.students else ""
 
-    @property
-    def shares_model(self) -> bool:
-        """Whether one model is chosen for all clients."""
-        return self.method.federated and not (self.method.local_normalisation or self.method.ends_alone)
-
     def model_key(self, site: SiteData) -> str:
         """The key of the model that is chosen for a client: "" when all have the same."""
-        return "" if self.shares_model else site.name
+        return "" if self.method.shares_model else site.name
 
     def model(self, run: Run, site: SiteData) -> State:
         """The model of a client after a round: the average, with its own layers where it keeps some."""
@@ -291,10 +286,8 @@ def check_messages(
     private = settings.clip_norm is not None
     if settings.compression is not None:
         codec_named(settings.compression)
-    if not method.averages(settings.rounds, settings) and (private or settings.compression is not None):
-        raise FederationError(
-            f"{method.title!r} sends no update, or not in every round: leave compression and clip_norm at None."
-        )
+    if not method.federated and (private or settings.compression is not None):
+        raise FederationError(f"{method.title!r} sends no update: leave compression and clip_norm at None.")
     if private or settings.compression is not None:
         network = build_student(settings, 0)
         if any(name.endswith("running_var") for name in set(network.state_dict()) - local_names(method, network)):
@@ -343,13 +336,11 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     """Steps 3 to 5 of figure 1: collect, average, send back; returns the metrics of each client.
 
     Updates come in the order of the clients' names, and each is let go when the next one comes, so that a plain
-    average takes the same memory for any number of clients. Clipping and groups need all of them at once.
+    average takes the same memory for any number of clients. Clipping, groups and mixtures need all of them at once.
     """
     settings, before = plan.settings, run.students.get("", {})
-    averages = plan.method.averages(number, settings)
-    mixes = plan.method.mixes and number == settings.rounds
-    together = settings.clip_norm is not None or plan.method.groups
-    running = FedAvg(plan.axes, before) if (averages or mixes) and settings.clip_norm is None else None
+    together = settings.clip_norm is not None or plan.method.groups or plan.method.mixes
+    running = FedAvg(plan.axes, before) if plan.method.federated and settings.clip_norm is None else None
     teachers, held = RunningMean(), list[Update]()
     metrics: dict[str, dict[str, float]] = {}
     kept: dict[str, State] = {}
@@ -357,11 +348,10 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         metrics[update.client] = update.metrics
         if update.kept:
             kept[update.client] = update.kept
-        if not averages:
+        if not plan.method.federated:
             check_finite(update.state, f"The student of client {update.client}")
             run.students[update.client] = update.state
-            if not mixes:
-                continue
+            continue
         if together:
             held.append(update)
         if running is not None:
@@ -371,9 +361,7 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
             teachers.add(update.teacher_state, update.n_examples)
             run.ledger.record(number, "up", update.client, "teacher", update.teacher_state)
     run.kept = kept
-    if mixes and running is not None:
-        _mix(plan, run, running.average(), number)
-    if not averages:
+    if not plan.method.federated:
         return metrics
     if running is not None:
         run.students[""] = running.average()
@@ -388,24 +376,27 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         run.ledger.record(number, "down", site.name, "student", run.students[plan.owner(run, site)])
         if teachers.weight and run.teacher is not None:
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
+    if plan.method.mixes:
+        run.students |= {update.client: _mix(plan, run.students[""], update) for update in held}
     return metrics
 
 
-def _mix(plan: Plan, run: Run, average: State, number: int) -> None:
-    """Each client gets the average of all and keeps the mixture with its own student that validates best.
+def _mix(plan: Plan, average: State, update: Update) -> State:
+    """The mixture of the average with a client's own student that its validation volumes like best.
 
-    (The mixture of APFL, Deng et al., 2020, arXiv 2003.13461, of weights in the place of models.)
+    (The mixture of APFL, Deng et al., 2020, arXiv 2003.13461, of weights in the place of models; ours: one share of
+    :data:`MIXTURES`, chosen anew in every round.)
     """
-    network = place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device)
-    for site in plan.sites:
-        run.ledger.record(number, "down", site.name, "student", average)
-        own, best = run.students[site.name], float("nan")
-        for share in MIXTURES:
-            mixed = blend(own, average, share)
-            load_state(network, mixed)
-            score = scores_on(network, site.validation)["validation"]
-            if share == 0 or is_better(score, best):
-                run.students[site.name], best = mixed, score
+    site = next(site for site in plan.sites if site.name == update.client)
+    network = place(build_student(plan.settings, 0), site.labelled_images.device)
+    best, highest = update.state, float("nan")
+    for share in MIXTURES:
+        mixed = blend(update.state, average, share)
+        load_state(network, mixed)
+        score = scores_on(network, site.validation)["validation"]
+        if is_better(score, highest):
+            best, highest = mixed, score
+    return best
 
 
 def _validate(
@@ -426,12 +417,12 @@ def _validate(
 def choose(plan: Plan, run: Run, scores: Mapping[str, float], number: int) -> None:
     """Keep the students of a round where their validation Dice, by client, is the best so far.
 
-    Where students are averaged, the mean over the clients decides, else every client for itself. A client may have
-    labels of nothing that can be scored (NaN).
+    Where students are averaged, the mean over the clients decides, else (or where each makes its own mixture) every
+    client for itself. A client may have labels of nothing that can be scored (NaN).
     """
     known = [score for score in scores.values() if not np.isnan(score)]
     together = float(np.mean(known)) if known else float("nan")
-    averaged = plan.method.federated and not plan.method.ends_alone
+    averaged = plan.method.federated and not plan.method.mixes
     for site in plan.sites:
         key, score = plan.model_key(site), together if averaged else scores[site.name]
         if key not in run.best or is_better(score, run.scores[key]):

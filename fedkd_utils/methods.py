@@ -39,8 +39,7 @@ class Method:
     starts_at_teacher: bool = False  # the student begins with the pretrained teacher's weights
     weighs_trust: bool = False  # distils as much as the teacher agrees with the client's labels
     chooses_teacher: bool = False  # gets both teachers; the one that agrees more with the few labels is used
-    ends_alone: bool = False  # after half of the rounds nothing is averaged any more
-    mixes: bool = False  # after the last round each client mixes its student with the average of all
+    mixes: bool = False  # after each round a client mixes its student with the average of all, by validation
     local_normalisation: bool = False  # normalisation layers never leave a client
     groups: bool = False  # averaged within random groups of clients, anew in each round
     pooled: bool = False  # one site holds everything, hidden labels too
@@ -66,9 +65,10 @@ class Method:
         turns = settings.clients if self.pooled else 1
         return replace(settings, steps_per_epoch=settings.steps_per_epoch * turns)
 
-    def averages(self, round_number: int, settings: Settings) -> bool:
-        """Whether students are averaged at the end of a round, the first being 1."""
-        return self.federated and not (self.ends_alone and round_number > settings.rounds // 2)
+    @property
+    def shares_model(self) -> bool:
+        """Whether all clients have one and the same student."""
+        return self.federated and not (self.local_normalisation or self.mixes)
 
     def identity(self) -> str:
         """A hash of all that changes a number: a title may be reworded, and a new field at its default changes none."""
@@ -85,6 +85,7 @@ class Method:
 _HE = "He et al., ISBI 2023, arXiv 2303.14357"
 _UAMT = "Yu et al., MICCAI 2019, doi:10.1007/978-3-030-32245-8_67"
 _FEDAVG = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
+_MIXING = "each client mixes its own student with the average, as validation says (Deng et al., arXiv 2003.13461)"
 _TEACHER = "a repository with labels"
 _RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
 _PROTOCOLS = "tissue maps of the repository, and the clients' sequences: TR, TE, flip angle, fat suppression"
@@ -243,13 +244,13 @@ ROWS: dict[str, Method] = {
         ),
         Method(
             "chosen_finetune",
-            "Chosen teacher, fine-tuned together, then alone",
+            "Chosen teacher, fine-tuned and mixed",
             supervised,
-            "ours: the few labels choose between the two teachers, and after half of the rounds each goes on alone",
+            f"ours: the few labels choose between the two teachers; {_MIXING}",
             _RANDOM,
             starts_at_teacher=True,
             chooses_teacher=True,
-            ends_alone=True,
+            mixes=True,
         ),
         Method(
             "teacher_protocols",
@@ -271,12 +272,11 @@ ROWS: dict[str, Method] = {
         ),
         Method(
             "mixed_protocols",
-            "Protocol teacher, fine-tuned together, then alone, then mixed",
+            "Protocol teacher, fine-tuned and mixed",
             supervised,
-            "ours; mixing own and common weights: Deng et al., 2020, arXiv 2003.13461",
+            f"ours: {_MIXING}",
             _PROTOCOLS,
             starts_at_teacher=True,
-            ends_alone=True,
             mixes=True,
             changes=_OWN_CONTRAST,
         ),

@@ -296,7 +296,7 @@ def test_the_model_is_the_best_on_validation(row: str) -> None:
     sites = SITES[:1] if method.pooled else SITES
     for one in sites:
         own = history[history["client"] == one.name].set_index("round")["validation"]
-        together = (method.federated and not method.ends_alone) or method.objective is None
+        together = (method.federated and not method.mixes) or method.objective is None
         scores = by_round if together else own
         assert result.best_round[one.name] == scores.idxmax()  # the first of equals
         network = networks.build_student(method.adapt(TINY), 0)
@@ -319,13 +319,13 @@ def test_the_ledger_counts_every_tensor_once_per_message() -> None:
     expected = {
         "teacher_only": (teachers, 0),
         "teacher_random": (teachers, 0),
+        "teacher_protocols": (teachers, 0),
         "teacher_recontrasted": (teachers, 0),
         "local_only": (0, 0),
         "local_uamt": (0, 0),
         "pooled": (0, 0),
         "finetune_local": (teachers, 0),
         "finetune_random_local": (teachers, 0),
-        "chosen_finetune": ((rounds // 2 + 1) * clients * model, rounds // 2 * clients * model),
     }
     for row, method in ROWS.items():
         ledger = undisturbed(row).ledger
@@ -554,37 +554,44 @@ def test_a_small_student_learns_but_cannot_start_at_the_teacher() -> None:
         networks.build_student(replace(TINY, student_shrink=3), 0)
 
 
-def test_a_row_that_ends_alone_is_finetuning_first_and_each_client_by_itself_then() -> None:
-    four = replace(TINY, rounds=4)
-    together, apart = run("finetune", settings=four), run("chosen_finetune", settings=four)
-    assert numbers(together)[: 2 * len(SITES)] == numbers(apart)[: 2 * len(SITES)]  # two rounds of three clients
-    half = run("finetune", settings=four, folder=None)
-    sent = apart.ledger.frame()
-    assert set(sent.loc[sent["direction"] == "up", "round"]) == {1, 2}
-    assert apart.ledger.total("up") * 2 == half.ledger.total("up")
-    # The third and fourth round of each client, by hand, from the average of the second.
-    updates: dict[str, State] = {}
-    shared = networks.copy_state(TEACHER)
-    for number in (1, 2):
-        sent_up = [clients.client_update(shared, s, ROWS["finetune"], four, number, 0, teacher=TEACHER) for s in SITES]
-        shared = server.server_step(shared, sent_up)
+def test_a_client_goes_on_with_the_mixture_that_it_validates_best() -> None:
+    mixed = run("mixed_protocols")
+    owned = dict.fromkeys((one.name for one in SITES), networks.copy_state(TEACHER))
+    best: dict[str, tuple[float, State]] = {}
+    for number in range(1, TINY.rounds + 1):
+        sent = [clients.client_update(owned[s.name], s, ROWS["finetune"], TINY, number, 0) for s in SITES]
+        average = server.aggregate(sent)
+        for one, update in zip(SITES, sent, strict=True):
+            scores, states = [], []
+            for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+                state = {
+                    name: (tensor.double() * (1 - share) + average[name].double() * share).float()
+                    for name, tensor in update.state.items()
+                }
+                network = networks.build_network(TINY, 0)
+                networks.load_state(network, state)
+                scores.append(training.validate(network, one.validation))
+                states.append(state)
+            chosen = int(np.argmax(scores))
+            owned[one.name] = states[chosen]
+            if scores[chosen] > best.get(one.name, (-1.0,))[0]:
+                best[one.name] = scores[chosen], states[chosen]
+            logged = mixed.history[(mixed.history["client"] == one.name) & (mixed.history["round"] == number)]
+            assert logged["validation"].item() == scores[chosen]
     for one in SITES:
-        own, scores = shared, {}
-        for number in (3, 4):
-            own = clients.client_update(own, one, ROWS["finetune"], four, number, 0, teacher=TEACHER).state
-            network = networks.build_network(four, 0)
-            networks.load_state(network, own)
-            scores[number] = training.validate(network, one.validation)
-            updates[f"{one.name} {number}"] = own
-        logged = apart.history[(apart.history["client"] == one.name) & (apart.history["round"] > 2)]
-        assert dict(zip(logged["round"], logged["validation"], strict=True)) == scores
-        if apart.best_round[one.name] > 2:
-            assert equal(apart.models[one.name], updates[f"{one.name} {apart.best_round[one.name]}"])
+        assert equal(mixed.models[one.name], best[one.name][1])
+    assert mixed.ledger.frame().equals(run("finetune").ledger.frame())  # the mixture itself does not travel
+
+
+@pytest.mark.parametrize(("share", "row"), [(0.0, "finetune_local"), (1.0, "finetune")])
+def test_a_mixture_of_one_alone_is_that_one(share: float, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = run(row)
+    monkeypatch.setattr(federation, "MIXTURES", (share,))
+    assert numbers(run("mixed_protocols")) == numbers(other)
 
 
 def test_what_would_not_do_what_it_says_is_refused_before_training() -> None:
     refused = [
-        ("chosen_finetune", {"compression": "int8"}, "not in every round"),
         ("local_only", {"clip_norm": 1.0}, "sends no update"),
         ("fedavg", {"clip_norm": 0.0}, "clip_norm must be above 0"),
         ("fedavg", {"clip_norm": 1.0, "noise_multiplier": -1.0}, "noise_multiplier at least 0"),
