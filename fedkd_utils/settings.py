@@ -143,7 +143,7 @@ PAPER = replace(
 )
 
 
-#: The same geometry and networks for ten minutes of a GPU: a thirtieth of the steps, and fewer volumes.
+#: The same geometry and networks in short: a thirtieth of the steps, and fewer volumes.
 PAPER_SHORT = replace(
     PAPER,
     name="paper_short",
