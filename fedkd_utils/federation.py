@@ -345,7 +345,7 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     metrics: dict[str, dict[str, float]] = {}
     kept: dict[str, State] = {}
     for update in updates:
-        metrics[update.client] = update.metrics
+        metrics[update.client] = dict(update.metrics)
         if update.kept:
             kept[update.client] = update.kept
         if not plan.method.federated:
@@ -377,7 +377,11 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
         if teachers.weight and run.teacher is not None:
             run.ledger.record(number, "down", site.name, "teacher", run.teacher)
     if plan.method.mixes:
-        run.students |= {update.client: _mix(plan, run.students[""], update) for update in held}
+        for update in held:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            run.students[update.client] = _mix(plan, run.students[""], update)
+            metrics[update.client]["seconds"] += time.perf_counter() - wall  # a client's work, as its steps are
+            metrics[update.client]["cpu_seconds"] += time.thread_time() - cpu
     return metrics
 
 
