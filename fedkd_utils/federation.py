@@ -379,28 +379,29 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
     if plan.method.mixes:
         for update in held:
             wall, cpu = time.perf_counter(), time.thread_time()
-            run.students[update.client] = _mix(plan, run.students[""], update)
+            run.students[update.client], share = _mix(plan, run.students[""], update)
+            metrics[update.client]["common_share"] = share
             metrics[update.client]["seconds"] += time.perf_counter() - wall  # a client's work, as its steps are
             metrics[update.client]["cpu_seconds"] += time.thread_time() - cpu
     return metrics
 
 
-def _mix(plan: Plan, average: State, update: Update) -> State:
-    """The mixture of the average with a client's own student that its validation volumes like best.
+def _mix(plan: Plan, average: State, update: Update) -> tuple[State, float]:
+    """The mixture of the average with a client's own student that its validation volumes like best; and its share.
 
     (The mixture of APFL, Deng et al., 2020, arXiv 2003.13461, of weights in the place of models; ours: one share of
     :data:`MIXTURES`, chosen anew in every round.)
     """
     site = next(site for site in plan.sites if site.name == update.client)
     network = place(build_student(plan.settings, 0), site.labelled_images.device)
-    best, highest = update.state, float("nan")
+    best, chosen, highest = update.state, 0.0, float("nan")
     for share in MIXTURES:
         mixed = blend(update.state, average, share)
         load_state(network, mixed)
         score = scores_on(network, site.validation)["validation"]
         if is_better(score, highest):
-            best, highest = mixed, score
-    return best
+            best, chosen, highest = mixed, share, score
+    return best, chosen
 
 
 def _validate(

@@ -578,6 +578,7 @@ def test_a_client_goes_on_with_the_mixture_that_it_validates_best() -> None:
                 best[one.name] = scores[chosen], states[chosen]
             logged = mixed.history[(mixed.history["client"] == one.name) & (mixed.history["round"] == number)]
             assert logged["validation"].item() == scores[chosen]
+            assert logged["common_share"].item() == (0.0, 0.25, 0.5, 0.75, 1.0)[chosen]
     for one in SITES:
         assert equal(mixed.models[one.name], best[one.name][1])
     assert mixed.ledger.frame().equals(run("finetune").ledger.frame())  # the mixture itself does not travel
@@ -587,7 +588,9 @@ def test_a_client_goes_on_with_the_mixture_that_it_validates_best() -> None:
 def test_a_mixture_of_one_alone_is_that_one(share: float, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = run(row)
     monkeypatch.setattr(federation, "MIXTURES", (share,))
-    assert numbers(run("mixed_protocols")) == numbers(other)
+    mixed = numbers(run("mixed_protocols"))
+    assert [line.pop("common_share") for line in mixed] == [share] * len(mixed)
+    assert mixed == numbers(other)
 
 
 def test_what_would_not_do_what_it_says_is_refused_before_training() -> None:
