@@ -250,8 +250,8 @@ CLIENT_SCANNERS = {"paper_like": ("pd_fs",), "heterogeneous": ("pd_fs", "t1", "t
 def protocols_of(setting: str) -> str:
     """The name of the scanner that has the sequences of a setting's clients: TR, TE, flip angle, fat suppression.
 
-    They stand in the header of every DICOM file. All else is the "random" scanner's: grid, coil, noise, and tissues
-    that vary twice as much as the clients'.
+    Most of that stands in the header of an MR file in DICOM format; how much fat is left does not. All else is the
+    "random" scanner's: grid, coil, noise, and tissues that vary twice as much as the clients'.
     """
     return f"protocols_{setting}"
 

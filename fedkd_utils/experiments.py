@@ -144,9 +144,15 @@ def run_sites(
     chooses its teacher chooses between these two. The pooled row has the labelled volumes of all clients.
 
     Raises:
-        ValueError: an unknown row, or a client without labelled volumes to train, validate or test on.
+        ValueError: an unknown row, one that needs the clients' sequences, which images do not hold, or a client without
+            labelled volumes to train, validate or test on.
     """
     method = row_named(row)
+    if method.adapt(settings).teacher_contrast == "protocols":
+        raise ValueError(
+            f"{method.title!r} needs the sequences of the scanners, which volumes do not hold: run teacher_random, "
+            "finetune_random or chosen_finetune."
+        )
     for site in cohort.clients:  # now, and not after the teacher's training
         for part in ("training", "validation", "test"):
             if not getattr(site, part):
@@ -468,7 +474,7 @@ def save_models(path: Path, outcome: FederationResult, inputs: str, settings: Se
 
 
 def load_models(path: Path) -> dict[str, State]:
-    """The students of a ``model.safetensors`` by client; all the same when they were averaged.
+    """The students of a ``model.safetensors`` by client; all the same when they were averaged and not mixed.
 
     Raises:
         FileNotFoundError, CheckpointError: see :func:`networks.load_checkpoint`.

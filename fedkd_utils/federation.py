@@ -63,7 +63,7 @@ class FederationResult:
     """A finished run: the model chosen on validation for each client, and how it came about."""
 
     method: Method
-    models: dict[str, State]  # by client; one and the same state when students are averaged
+    models: dict[str, State]  # by client; one and the same state when students are averaged and not mixed
     best_round: dict[str, int]  # by client
     history: pd.DataFrame  # one line per round and client: losses, validation Dice (mean and by cartilage), seconds
     ledger: Ledger
@@ -110,7 +110,7 @@ def run_federation(
 
     Clients train side by side in threads; the numbers do not depend on how many there are (``workers``). "Local
     only" is the same loop without averaging. The model is chosen by its mean validation Dice: over all clients
-    when students are averaged, by each client for itself otherwise.
+    when students are averaged, by each client for itself when they are not, or are mixed.
 
     Args:
         folder: where the run leaves a checkpoint after each round; a run that was killed goes on from there and
@@ -288,6 +288,11 @@ def check_messages(
         codec_named(settings.compression)
     if not method.federated and (private or settings.compression is not None):
         raise FederationError(f"{method.title!r} sends no update: leave compression and clip_norm at None.")
+    if method.mixes and (private or settings.compression is not None):
+        raise FederationError(
+            f"{method.title!r} starts each client at a mixture that the server does not know, so no change can be "
+            "counted from there: leave compression and clip_norm at None."
+        )
     if private or settings.compression is not None:
         network = build_student(settings, 0)
         if any(name.endswith("running_var") for name in set(network.state_dict()) - local_names(method, network)):
@@ -389,14 +394,19 @@ def collect(plan: Plan, run: Run, updates: Iterable[Update], number: int) -> dic
 def _mix(plan: Plan, average: State, update: Update) -> tuple[State, float]:
     """The mixture of the average with a client's own student that its validation volumes like best; and its share.
 
-    (The mixture of APFL, Deng et al., 2020, arXiv 2003.13461, of weights in the place of models; ours: one share of
-    :data:`MIXTURES`, chosen anew in every round.)
+    (After APFL, Deng et al., 2020, arXiv 2003.13461; there a client keeps a second student for itself and learns the
+    share, here its one student is both sent and mixed, and one of :data:`MIXTURES` is chosen anew in every round.)
+    Of equals it is the smallest share; where nothing can be scored it is the average. What a class that the client
+    never draws looks like it takes from the others whatever the share.
     """
     site = next(site for site in plan.sites if site.name == update.client)
     network = place(build_student(plan.settings, 0), site.labelled_images.device)
-    best, chosen, highest = update.state, 0.0, float("nan")
+    best, chosen, highest = average, 1.0, float("nan")
     for share in MIXTURES:
         mixed = blend(update.state, average, share)
+        for c in (c for c, drawn in update.class_shares.items() if drawn == 0):
+            for name, axis in plan.axes.items():
+                mixed[name].select(axis, c).copy_(average[name].select(axis, c))
         load_state(network, mixed)
         score = scores_on(network, site.validation)["validation"]
         if is_better(score, highest):
@@ -422,13 +432,13 @@ def _validate(
 def choose(plan: Plan, run: Run, scores: Mapping[str, float], number: int) -> None:
     """Keep the students of a round where their validation Dice, by client, is the best so far.
 
-    Where students are averaged, the mean over the clients decides, else (or where each makes its own mixture) every
-    client for itself. A client may have labels of nothing that can be scored (NaN).
+    Where students are averaged, the mean over the clients decides, else every client for itself; so it does where each
+    makes its own mixture, unless it has labels of nothing that can be scored (NaN).
     """
     known = [score for score in scores.values() if not np.isnan(score)]
     together = float(np.mean(known)) if known else float("nan")
-    averaged = plan.method.federated and not plan.method.mixes
     for site in plan.sites:
+        averaged = plan.method.federated and (not plan.method.mixes or np.isnan(scores[site.name]))
         key, score = plan.model_key(site), together if averaged else scores[site.name]
         if key not in run.best or is_better(score, run.scores[key]):
             run.best[key], run.scores[key], run.best_round[key] = plan.model(run, site), score, number

@@ -202,6 +202,7 @@ _BEYOND = (
     "chosen_finetune",
     "teacher_protocols",
     "finetune_protocols",
+    "finetune_protocols_local",
     "mixed_protocols",
     "dual_kd_random",
     "strong_kd",

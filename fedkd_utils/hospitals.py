@@ -291,7 +291,9 @@ def three_hospitals(row: str, settings: Settings, seed: int, folder: Path) -> st
     state: State | None = None
     if method.needs_teacher:
         print(f"teacher: trained on first use ({settings.teacher_steps} steps), then read from the cache", flush=True)
-        taught = teacher.teacher_for(method.adapt(settings), "heterogeneous", seed)
+        own = method.adapt(settings)
+        scanner = cohorts.teacher_scanner(own, "heterogeneous")
+        taught = teacher.teacher_on(cohorts.make_repository(own, scanner), own, seed)
         state = networks.copy_state(taught.network)
     job = Job(row, settings, seed, state_hash(state) if state is not None else "")
     order = Order(job, tuple(folders), folder / f"run-{job.mark}", least=2, patience_s=900.0)

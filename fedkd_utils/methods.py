@@ -67,7 +67,7 @@ class Method:
 
     @property
     def shares_model(self) -> bool:
-        """Whether all clients have one and the same student."""
+        """Whether one model is chosen for all clients."""
         return self.federated and not (self.local_normalisation or self.mixes)
 
     def identity(self) -> str:
@@ -85,10 +85,10 @@ class Method:
 _HE = "He et al., ISBI 2023, arXiv 2303.14357"
 _UAMT = "Yu et al., MICCAI 2019, doi:10.1007/978-3-030-32245-8_67"
 _FEDAVG = "McMahan et al., AISTATS 2017, arXiv 1602.05629"
-_MIXING = "each client mixes its own student with the average, as validation says (Deng et al., arXiv 2003.13461)"
+_MIXING = "each client mixes its own student with the average, as validation says (after Deng et al., arXiv 2003.13461)"
 _TEACHER = "a repository with labels"
 _RANDOM = "a repository whose tissue maps can be scanned anew with any sequence"
-_PROTOCOLS = "tissue maps of the repository, and the clients' sequences: TR, TE, flip angle, fat suppression"
+_PROTOCOLS = "tissue maps of the repository that can be scanned anew with the clients' own sequences"
 _SAME = "a repository with labels, no more than the paper"
 
 #: Ours: a response that a student feels, at full weight from the first step because the teacher is frozen and ready.
@@ -267,6 +267,16 @@ ROWS: dict[str, Method] = {
             supervised,
             "ours",
             _PROTOCOLS,
+            starts_at_teacher=True,
+            changes=_OWN_CONTRAST,
+        ),
+        Method(
+            "finetune_protocols_local",
+            "Fine-tuned protocol teacher, each alone",
+            supervised,
+            "ours",
+            _PROTOCOLS,
+            federated=False,
             starts_at_teacher=True,
             changes=_OWN_CONTRAST,
         ),

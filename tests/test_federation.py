@@ -269,7 +269,7 @@ def test_batch_statistics_are_averaged_and_counters_copied() -> None:
 # --- rounds -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["dual_kd", "uamt", "fedbn", "ssfl_published", "combined_kd"])
+@pytest.mark.parametrize("row", ["dual_kd", "uamt", "fedbn", "ssfl_published", "combined_kd", "mixed_protocols"])
 def test_numbers_do_not_depend_on_workers_or_on_the_order_of_clients(row: str) -> None:
     four = [*SITES, site("west", 4)]
     one = run(row, sites=four, workers=1)
@@ -326,6 +326,7 @@ def test_the_ledger_counts_every_tensor_once_per_message() -> None:
         "pooled": (0, 0),
         "finetune_local": (teachers, 0),
         "finetune_random_local": (teachers, 0),
+        "finetune_protocols_local": (teachers, 0),
     }
     for row, method in ROWS.items():
         ledger = undisturbed(row).ledger
@@ -593,9 +594,47 @@ def test_a_mixture_of_one_alone_is_that_one(share: float, row: str, monkeypatch:
     assert mixed == numbers(other)
 
 
+def test_what_a_client_never_draws_it_takes_from_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(federation, "MIXTURES", (0.0,))
+    once = replace(TINY, rounds=1)
+    first = SITES[0]
+    partial = replace(first, labelled_classes=(1, 2))
+    sites = [partial, *SITES[1:]]
+    mixed = run("mixed_protocols", settings=once, sites=sites)
+    sent = [
+        clients.client_update(networks.copy_state(TEACHER), one, ROWS["finetune"], once, 1, 0, teacher=TEACHER)
+        for one in sites
+    ]
+    axes = networks.class_axes(networks.build_network(once, 0))
+    average = server.aggregate(sent, axes)
+    model, own = mixed.models[partial.name], sent[0].state
+    for name, axis in axes.items():
+        for c in range(4):
+            expected = average if c == 3 else own
+            assert torch.equal(model[name].select(axis, c), expected[name].select(axis, c))
+        assert not torch.equal(average[name].select(axis, 3), own[name].select(axis, 3))
+    assert all(torch.equal(model[name], own[name]) for name in own if name not in axes)
+
+
+def test_who_can_score_nothing_goes_on_with_the_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = federation.scores_on
+
+    def blind(network: networks.TappedNetwork, cases: Any) -> dict[str, float]:
+        found = scored(network, cases)
+        return {**found, "validation": float("nan")} if cases is SITES[0].validation else found
+
+    monkeypatch.setattr(federation, "scores_on", blind)
+    mixed = run("mixed_protocols")
+    own = mixed.history[mixed.history["client"] == SITES[0].name]
+    assert list(own["common_share"]) == [1.0] * TINY.rounds
+    assert mixed.best_round[SITES[0].name] == mixed.validation_by_round().idxmax()  # the mean of those who can
+
+
 def test_what_would_not_do_what_it_says_is_refused_before_training() -> None:
     refused = [
         ("local_only", {"clip_norm": 1.0}, "sends no update"),
+        ("mixed_protocols", {"clip_norm": 1.0}, "a mixture that the server does not know"),
+        ("chosen_finetune", {"compression": "int8"}, "a mixture that the server does not know"),
         ("fedavg", {"clip_norm": 0.0}, "clip_norm must be above 0"),
         ("fedavg", {"clip_norm": 1.0, "noise_multiplier": -1.0}, "noise_multiplier at least 0"),
         ("fedavg", {"noise_multiplier": 1.0}, "needs clip_norm"),
@@ -682,6 +721,7 @@ class Killed(BaseException):
         ("fedbn", 1),
         ("ssfl_published", 1),
         ("combined_kd", 1),
+        ("mixed_protocols", 1),
         ("small_kd", 1),
     ],
 )

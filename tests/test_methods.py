@@ -153,8 +153,9 @@ def test_rows_say_what_travels() -> None:
     assert len({method.title for method in ROWS.values()}) == len(ROWS)
     assert len({method.identity() for method in ROWS.values()}) == len(ROWS)
     alone = {name for name, m in ROWS.items() if not m.federated}
-    teachers = {"teacher_only", "teacher_random", "teacher_recontrasted"}
-    assert alone == teachers | {"local_only", "local_uamt", "finetune_local", "finetune_random_local", "pooled"}
+    teachers = {"teacher_only", "teacher_random", "teacher_protocols", "teacher_recontrasted"}
+    tuned = {"finetune_local", "finetune_random_local", "finetune_protocols_local"}
+    assert alone == teachers | tuned | {"local_only", "local_uamt", "pooled"}
     untaught = {name for name, m in ROWS.items() if not m.needs_teacher}
     assert untaught == {
         *(

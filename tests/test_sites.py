@@ -804,7 +804,14 @@ def prepared(two: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return two.parent / "out"
 
 
-@pytest.mark.parametrize("row", ["fedavg", "dual_kd", "teacher_only", "local_only", "pooled", "fedbn"])
+def test_a_row_that_needs_the_scanners_sequences_is_refused_on_own_sites(prepared: Path) -> None:
+    with pytest.raises(ValueError, match="which volumes do not hold: run teacher_random"):
+        experiments.run_sites("mixed_protocols", sites.open_sites(prepared), OWN, show_progress=False)
+
+
+@pytest.mark.parametrize(
+    "row", ["fedavg", "dual_kd", "teacher_only", "local_only", "pooled", "fedbn", "chosen_finetune"]
+)
 def test_rows_run_on_own_sites(prepared: Path, row: str) -> None:
     cohort = sites.open_sites(prepared)
     result = experiments.run_sites(row, cohort, OWN, show_progress=False)
@@ -812,7 +819,7 @@ def test_rows_run_on_own_sites(prepared: Path, row: str) -> None:
     assert len(result.test) == 2 * 3 * 2  # clients, classes, with and without components
     assert experiments.comparison_table([result])["Dice"].notna().all()
     model = experiments.result_folder(result) / "model.safetensors"
-    apart = row in ("local_only", "fedbn")
+    apart = row in ("local_only", "fedbn", "chosen_finetune")
     if apart:
         with pytest.raises(ValueError, match=f"{model.name}: has a model for each of Süd Klinik, north"):
             experiments.open_model(model)
