@@ -171,7 +171,7 @@ def reach_lines(setting: str, runs: Mapping[str, Sequence[Record]]) -> list[Line
             count = int(table.loc[row, "runs"])
             own = float(table.loc[row, what])
             lines.append(Line(f"{setting}: {row} reaches it after", unit, own, own, own, count))
-        to_beat = float(table.loc[rival, what])
+        to_beat = getattr(statistics.own_reach(runs[rival]), what)
         for row in table.index.drop(rival):
             ratio = float(table.loc[row, what]) / to_beat if to_beat > 0 else math.inf
             target = goal if row in AIMED else None

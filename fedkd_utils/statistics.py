@@ -202,7 +202,7 @@ def course_of(result: Measured) -> pd.DataFrame:
 class Reach:
     """When a validation Dice was first reached: round, seconds and MB since the start."""
 
-    round: int
+    round: float
     seconds: float
     mb: float
 
@@ -220,6 +220,13 @@ def reach(result: Measured, target: float) -> Reach | None:
 def final_dice(results: Iterable[Measured]) -> float:
     """The mean over runs of the validation Dice of the chosen round, the highest."""
     return float(np.mean([course_of(result)["dice"].max() for result in results]))
+
+
+def own_reach(results: Iterable[Measured]) -> Reach:
+    """When runs first have what is their best in the end: mean round, seconds and MB, each run with its own Dice."""
+    found = [reach(result, final_dice([result])) for result in results]
+    means = pd.DataFrame([there for there in found if there is not None]).mean()
+    return Reach(float(means["round"]), float(means["seconds"]), float(means["mb"]))
 
 
 def best_rival(results: Mapping[str, Sequence[Measured]], rivals: Iterable[str]) -> str:

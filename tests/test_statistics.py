@@ -190,6 +190,13 @@ def test_seconds_are_those_of_the_slowest_client_and_bytes_those_of_all() -> Non
     assert statistics.reach(untrained, 0.4) == statistics.Reach(0, 0.0, 1.0)
 
 
+def test_a_rival_is_timed_by_what_each_of_its_runs_reaches() -> None:
+    runs = [timed([0.2, 0.8], 2.0), timed([0.9, 0.5], 2.0)]
+    table = statistics.reach_table({"rival": runs}, statistics.final_dice(runs)).set_index("row")
+    assert table.loc["rival", "reached"] == 1 and np.isinf(table.loc["rival", "seconds"])  # of its mean, not all are
+    assert statistics.own_reach(runs) == statistics.Reach(1.5, 6.0, 7.0)  # after two rounds and after one
+
+
 def test_the_target_is_the_best_rivals_chosen_round_on_validation() -> None:
     results = {
         "dual_kd": [timed([0.5, 0.8], 3.0), timed([0.6, 0.7], 3.0)],
