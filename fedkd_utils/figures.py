@@ -61,7 +61,7 @@ _ROW_LOOKS: dict[str, tuple[str, str, str]] = {
     "chosen_finetune": ("#117733", "H", "-"),
     "teacher_protocols": ("#777777", "s", "-."),
     "finetune_protocols": ("#332288", "X", "-"),
-    "finetune_protocols_local": ("#332288", "X", "--"),
+    "finetune_protocols_local": ("#332288", "P", "-."),
     "mixed_protocols": ("#117733", "H", "--"),
     "dual_kd_random": ("#CC6677", "d", "-"),
     "strong_kd": ("#CC3311", "p", "-"),
