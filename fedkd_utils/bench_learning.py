@@ -28,7 +28,7 @@ from fedkd_utils.transforms import Case, SiteData, load_site
 #: Every network is trained with each, and counts with the better one on validation.
 RATES = (3e-3, 1e-2)
 
-#: Of the issue: the best rival's final Dice in at most half its time and a quarter of its bytes.
+#: Our targets: the best rival's final Dice in at most half its time and a quarter of its bytes.
 TIME, BYTES = 0.5, 0.25
 #: The rows that are to do so: the paper's method, all of ours in one row, and the row that came out best of ours.
 AIMED = (runner.REFERENCE_ROW, "combined_kd", "chosen_finetune")

@@ -66,20 +66,29 @@ def execute_notebook(
 
     environment = {**KERNEL_ENVIRONMENT, **os.environ}
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", KERNEL_ENVIRONMENT["JUPYTER_PREFER_ENV_PATH"])
-    client = NotebookClient(
-        nb,
-        kernel_name="python3",
-        timeout=timeout_s,
-        store_widget_state=False,
-        extra_arguments=["--log-level=ERROR"],
-        record_timing=False,
-        coalesce_streams=True,
-        on_cell_execute=starts,
-        resources={"metadata": {"path": str(Path(folder) if folder else path.parent)}},
-    )
+
+    def run() -> None:
+        client = NotebookClient(
+            nb,
+            kernel_name="python3",
+            timeout=timeout_s,
+            store_widget_state=False,
+            extra_arguments=["--log-level=ERROR"],
+            record_timing=False,
+            coalesce_streams=True,
+            on_cell_execute=starts,
+            resources={"metadata": {"path": str(Path(folder) if folder else path.parent)}},
+        )
+        client.execute(env=environment)
+
     where = f"{path.name}, code cell {{}} of {len(code)}"
     try:
-        client.execute(env=environment)
+        try:
+            run()
+        except RuntimeError as error:
+            if "died before replying" not in str(error):
+                raise
+            run()  # two kernels that start at once may have taken one port; no cell had begun
     except CellExecutionError as error:
         lines = re.sub(r"\x1b\[[0-9;]*m", "", error.traceback).splitlines()[-25:]
         raise RuntimeError(f"{where.format(begun)} failed.\n" + "\n".join(lines)) from error

@@ -272,3 +272,25 @@ def test_figures_and_viewer_survive_the_whole_way(tmp_path):
     nbformat.write(nb, path)
     passed, report = nbval(path)
     assert not passed and "a lower" in report and "a higher" in report
+
+
+@pytest.mark.parametrize(("times", "runs"), [(1, True), (2, False)])
+def test_a_kernel_that_found_its_port_taken_is_started_once_more(tmp_path, monkeypatch, times, runs):
+    tries = []
+    execute = publish.NotebookClient.execute
+
+    def unlucky(client, **more):
+        tries.append(client)
+        if len(tries) <= times:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        return execute(client, **more)
+
+    monkeypatch.setattr(publish.NotebookClient, "execute", unlucky)
+    write(tmp_path / "00_a.ipynb", "print(6 * 7)")
+    if runs:
+        done = publish.execute_notebook(tmp_path / "00_a.ipynb")
+        assert publish.code_cells(done)[0].outputs[0].text == "42\n"
+    else:
+        with pytest.raises(RuntimeError, match="died before replying"):
+            publish.execute_notebook(tmp_path / "00_a.ipynb")
+    assert len(tries) == 2
