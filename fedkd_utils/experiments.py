@@ -6,10 +6,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,8 +83,9 @@ class Result:
 
 
 def load_clients(cohort: Cohort, settings: Settings) -> list[SiteData]:
-    """All clients of a cohort on the grid, in memory."""
-    return [transforms.load_site(site, settings) for site in cohort.clients]
+    """All clients of a cohort on the grid, in memory; read side by side, which changes no number."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(transforms.load_site, cohort.clients, repeat(settings)))
 
 
 def run_row(

@@ -161,6 +161,20 @@ def test_sites_in_memory_give_the_same_result(cache: Path) -> None:
     assert without_clock(run("fedavg", cache, seed=4)) == without_clock(first)
 
 
+def test_clients_read_side_by_side_are_those_read_one_after_another(cache: Path) -> None:
+    cohort = cohorts.make_cohort(TINY, "heterogeneous", root=cache)
+    sites = experiments.load_clients(cohort, TINY)
+    assert [site.name for site in sites] == [site.name for site in cohort.clients]
+    for made, site in zip(sites, cohort.clients, strict=True):
+        alone = transforms.load_site(site, TINY)
+        for name in ("labelled_images", "labels", "unlabelled_images"):
+            assert torch.equal(getattr(made, name), getattr(alone, name))
+    bad = tuple(replace(site, training=()) for site in cohort.clients)
+    with pytest.raises(VolumeError, match="client_1: no labelled training volume"):
+        experiments.load_clients(replace(cohort, clients=bad), TINY)
+    assert experiments.load_clients(replace(cohort, clients=()), TINY) == []
+
+
 def test_pooled_trains_once_on_every_volume_with_its_hidden_label(cache: Path) -> None:
     cohort = cohorts.make_cohort(TINY, "paper_like", root=cache)
     everything = shares.pooled_site(cohort, TINY)
