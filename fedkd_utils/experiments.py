@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
@@ -38,6 +38,7 @@ from fedkd_utils.networks import (
     place,
     save_checkpoint,
 )
+from fedkd_utils.parallel import once_a_thread, side_by_side
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder
 from fedkd_utils.site_folder import Cohort, Site
@@ -220,7 +221,7 @@ def _run(
         )
         if method.pooled:
             outcome = for_all(outcome, [site.name for site in data])
-        test = _test(outcome, data, settings, advance)
+        test = _test(outcome, data, settings, workers, advance)
     for other in ready.teachers:
         if other is not teacher:
             for site in trained:
@@ -406,16 +407,19 @@ def _inputs(
 
 
 def _test(
-    outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, advance: Progress
+    outcome: FederationResult, sites: Sequence[SiteData], settings: Settings, workers: int | None, advance: Progress
 ) -> list[dict[str, Any]]:
-    network = (build_network if outcome.method.objective is None else build_student)(settings, 0)
-    place(network, compute_device())
-    rows: list[dict[str, Any]] = []
-    for site in sites:
-        load_state(network, outcome.models[site.name])
-        rows += [{"client": site.name, **row} for row in evaluate_cases(network, site.test).to_dict("records")]
-        advance(1, f"test volumes of {site.name}")
-    return rows
+    build = build_network if outcome.method.objective is None else build_student
+    network = once_a_thread(lambda: place(build(settings, 0), compute_device()))
+
+    def measure(site: SiteData, report: Progress) -> list[dict[str, Any]]:
+        load_state(network(), outcome.models[site.name])
+        rows = evaluate_cases(network(), site.test).to_dict("records")
+        report(1, f"test volumes of {site.name}")
+        return [{"client": site.name, **row} for row in rows]
+
+    with closing(side_by_side(measure, sites, workers, advance)) as measured:
+        return [row for rows in measured for row in rows]
 
 
 def result_json(result: Result) -> bytes:

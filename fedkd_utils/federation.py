@@ -37,7 +37,7 @@ from fedkd_utils.networks import (
     load_state,
     place,
 )
-from fedkd_utils.parallel import side_by_side
+from fedkd_utils.parallel import once_a_thread, side_by_side
 from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.server import FedAvg, Ledger, RunningMean, group_step, private_step
 from fedkd_utils.settings import Settings
@@ -418,14 +418,18 @@ def _validate(
     plan: Plan, run: Run, metrics: Mapping[str, Mapping[str, float]], looking: Mapping[str, float], number: int
 ) -> None:
     """Score the students of a round on validation volumes only, and keep the best so far."""
-    network = place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device)
+    network = once_a_thread(lambda: place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device))
+
+    def look(site: SiteData, report: Progress) -> dict[str, float]:
+        load_state(network(), plan.model(run, site))
+        return scores_on(network(), site.validation)
+
     own: dict[str, float] = {}
-    for site in plan.sites:
-        load_state(network, plan.model(run, site))
-        line = scores_on(network, site.validation)
-        own[site.name] = line["validation"]
-        times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
-        run.history.append({"round": number, "client": site.name, **line, **metrics[site.name], **times})
+    with closing(side_by_side(look, plan.sites, plan.workers, plan.advance)) as lines:
+        for site, line in zip(plan.sites, lines, strict=True):
+            own[site.name] = line["validation"]
+            times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}
+            run.history.append({"round": number, "client": site.name, **line, **metrics[site.name], **times})
     choose(plan, run, own, number)
 
 

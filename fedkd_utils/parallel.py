@@ -27,6 +27,19 @@ def default_workers() -> int:
     return max((os.cpu_count() or 1) // torch.get_num_threads(), 1)
 
 
+def once_a_thread(make: Callable[[], T]) -> Callable[[], T]:
+    """A function that makes its result once in each thread that calls it, and gives the same again afterwards."""
+    own = threading.local()
+
+    def made() -> T:
+        if not hasattr(own, "made"):
+            own.made = make()
+        result: T = own.made
+        return result
+
+    return made
+
+
 class _Stopped(Exception):
     """Ends a client's thread when another one, or the caller, failed."""
 

@@ -65,11 +65,13 @@ def test_the_page_says_what_was_measured() -> None:
     assert 1 < MEASURED["gpu: V-Net, paper's grid: float32, channels last / float32, ratio"] < 1.1  # "does nothing"
     gain = step("V-Net, paper's grid", "float32") / step("V-Net, paper's grid", "mixed, channels last")
     assert round(gain) == 14 and "14 times" in PAGE  # and fedkd_utils/device.py says a fourteenth
+    small = [step("UNet, reference grid", way) for way in ("float32", "mixed, channels last")]
+    assert "gains nothing" in PAGE and abs(small[1] / small[0] - 1) < 0.1
     ratio = MEASURED["gpu: dual distillation / supervised, 8 volumes, ratio"]
     waited = MEASURED["gpu: dual distillation: waiting for data, share"]
     peak = MEASURED["gpu: peak memory of the GPU, GB"]
     assert f"{ratio:.2f} of a supervised one" in PAGE
-    assert f"{100 * waited:.1f} % of it waiting for data" in PAGE
+    assert f"{100 * waited:.1f} % of it is waiting for data" in PAGE
     assert f"{peak:.1f} GB" in PAGE
 
 
@@ -82,7 +84,9 @@ def test_the_profile_fits_a_gpu_and_the_short_one_is_a_thirtieth_of_it() -> None
     assert f"{held:.0f} GB of volumes and signals" in PAGE
     readme = (PROJECT / "README.md").read_text(encoding="utf-8")
     peak = MEASURED["gpu: peak memory of the GPU, GB"]
-    assert f"for a GPU of 24 GB (its volumes, signals and steps take {held + peak:.0f}; it has not been run" in readme
+    assert (
+        f"for a GPU of 24 GB (its volumes, signals and steps take {held + peak:.0f}); there its first round" in readme
+    )
     for profile in (PAPER, PAPER_SHORT):
         assert (profile.grid_shape, profile.architecture, profile.clients) == ((16, 288, 352), "vnet", 4)
     steps = [p.rounds * p.local_epochs * p.steps_per_epoch for p in (PAPER, PAPER_SHORT)]
@@ -90,13 +94,53 @@ def test_the_profile_fits_a_gpu_and_the_short_one_is_a_thirtieth_of_it() -> None
 
 
 def test_the_page_says_how_far_the_papers_size_was_run() -> None:
-    (one,) = [records.read_record(path) for path in (RESULTS / "paper_short").iterdir()]
-    assert (one.row, one.setting, one.machine["device"]) == ("teacher_only", "paper_like", FACTS["gpu"])
-    teacher = one.result.teacher
-    claims = (
-        f"{PAPER_SHORT.teacher_steps} steps in {teacher['seconds']:.0f} seconds",
-        f"Dice {teacher['validation']:.3f} on the repository's validation",
-        f"{mean_score([one]):.3f} on the near clinics' test volumes",
+    found = {record.row: record for record in map(records.read_record, (RESULTS / "paper_short").iterdir())}
+    titles = {
+        "teacher only": "teacher_only",
+        "FedAvg": "fedavg",
+        "dual distillation": "dual_kd",
+        "fine-tuning": "finetune",
+    }
+    assert set(found) == set(titles.values())
+    claims = []
+    for title, row in titles.items():
+        record = found[row]
+        assert (record.setting, record.seed, record.machine["device"]) == ("paper_like", 0, FACTS["gpu"])
+        frame = record.result.test_frame()
+        by_class = frame[frame["components"] == "all"].groupby("class")["dice"].mean()
+        dice = " | ".join(f"{value:.3f}" for value in [mean_score([record]), *by_class])
+        seconds = "-" if row == "teacher_only" else f"{record.result.wall_seconds:.0f}"
+        sent = (record.result.bytes_down + record.result.bytes_up) / 1e6
+        claims.append(f"| {title} | {dice} | {seconds} | {sent:.0f} |")
+    first, again = found["teacher_only"].result.teacher, found["dual_kd"].result.teacher
+    assert first["weights_sha256"] == again["weights_sha256"]  # trained twice, on two days
+    claims += [
+        f"{PAPER_SHORT.teacher_steps} steps in {again['seconds']:.0f} seconds ({first['seconds']:.0f} on a busier day",
+        f"Dice {again['validation']:.3f} on the repository's validation",
         f"{PAPER.rounds} rounds of {PAPER.local_epochs * PAPER.steps_per_epoch} steps",
+    ]
+    assert [claim for claim in claims if claim not in PAGE] == []
+
+
+def test_the_page_says_how_the_papers_profile_was_begun() -> None:
+    begun = json.loads((RESULTS / "bench" / "paper_begun.json").read_bytes())
+    assert begun["finished"] == 1 and begun["machine"]["device"] == FACTS["gpu"]
+    assert "--profile paper " in begun["command"] and len(begun["history"]) == PAPER.clients
+    steps = PAPER.local_epochs * PAPER.steps_per_epoch
+    assert {line["steps"] for line in begun["history"]} == {steps}
+    volumes = (
+        PAPER.repository_training
+        + PAPER.repository_validation
+        + PAPER.repository_test
+        + PAPER.clients
+        * (PAPER.client_labelled + PAPER.client_unlabelled + PAPER.client_validation + PAPER.client_test)
+    )
+    seconds = begun["seconds"]
+    assert sum(seconds[name] for name in seconds if name.startswith("making")) < 240  # "under 4 minutes"
+    assert round(seconds["reading the clients' volumes"] / 60) == 3
+    claims = (
+        f"made its {volumes} volumes in under 4 minutes, reading took 3",
+        f"{steps} steps of each of {PAPER.clients} clients and the validation of",
+        f"{PAPER.clients * PAPER.client_validation} volumes, {begun['wall_seconds']:.0f} seconds",
     )
     assert [claim for claim in claims if claim not in PAGE] == []

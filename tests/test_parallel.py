@@ -10,7 +10,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from fedkd_utils.parallel import side_by_side
+from fedkd_utils.parallel import once_a_thread, side_by_side
 from fedkd_utils.training import Progress
 from fedkd_utils.transforms import SiteData
 
@@ -92,3 +92,23 @@ def test_an_error_of_the_caller_passes_through_and_stops_the_others() -> None:
     with pytest.raises(KeyboardInterrupt):
         list(side_by_side(failing(set(), []), SITES, 3, interrupted))
     assert threading.active_count() == before
+
+
+def test_each_thread_makes_its_own_once() -> None:
+    made = list[object]()
+    at_once = threading.Barrier(2)
+
+    def make() -> object:
+        made.append(object())
+        return made[-1]
+
+    mine = once_a_thread(make)
+
+    def work(site: SiteData, report: Progress) -> tuple[int, object, object]:
+        at_once.wait(timeout=30)  # so that both threads work
+        return threading.get_ident(), mine(), mine()
+
+    found = list(side_by_side(work, SITES, 2, quiet))
+    owners = {thread: thing for thread, thing, _ in found}
+    assert len(owners) == len(made) == 2 and all(a is b is owners[thread] for thread, a, b in found)
+    assert mine() is mine() and len(made) == 3  # the caller's own
