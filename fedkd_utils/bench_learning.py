@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -171,10 +170,9 @@ def reach_lines(setting: str, runs: Mapping[str, Sequence[Record]]) -> list[Line
             count = int(table.loc[row, "runs"])
             own = float(table.loc[row, what])
             lines.append(Line(f"{setting}: {row} reaches it after", unit, own, own, own, count))
-        to_beat = getattr(statistics.own_reach(runs[rival]), what)
         for row in table.index.drop(rival):
-            ratio = float(table.loc[row, what]) / to_beat if to_beat > 0 else math.inf
-            target = goal if row in AIMED else None
-            name = f"{setting}: {row} / {rival}, {unit}"
-            lines.append(Line(name, "ratio", ratio, ratio, ratio, int(table.loc[row, "runs"]), target))
+            ratios = statistics.reach_ratios(runs[row], runs[rival], what)
+            name, target = f"{setting}: {row} / {rival}, {unit}", goal if row in AIMED else None
+            middle = float(np.median(ratios))
+            lines.append(Line(name, "ratio", middle, min(ratios), max(ratios), len(ratios), target))
     return lines

@@ -222,11 +222,22 @@ def final_dice(results: Iterable[Measured]) -> float:
     return float(np.mean([course_of(result)["dice"].max() for result in results]))
 
 
-def own_reach(results: Iterable[Measured]) -> Reach:
-    """When runs first have what is their best in the end: mean round, seconds and MB, each run with its own Dice."""
-    found = [reach(result, final_dice([result])) for result in results]
-    means = pd.DataFrame([there for there in found if there is not None]).mean()
-    return Reach(float(means["round"]), float(means["seconds"]), float(means["mb"]))
+def reach_ratios(runs: Sequence[Measured], rival: Sequence[Measured], what: str) -> list[float]:
+    """What a run takes to the rival's final Dice over what the rival's run of the same seed takes to its own.
+
+    Args:
+        runs: one a seed.
+        rival: of the same seeds in the same order; the Dice to reach is the mean over all of them.
+        what: "round", "seconds" or "mb".
+
+    Returns: by seed; infinite where the Dice is never reached, or costs the rival nothing.
+    """
+    target, found = final_dice(rival), []
+    for run, other in zip(runs, rival, strict=True):
+        there, own = reach(run, target), reach(other, final_dice([other]))
+        cost = 0.0 if own is None else getattr(own, what)
+        found.append(math.inf if there is None or cost == 0 else getattr(there, what) / cost)
+    return found
 
 
 def best_rival(results: Mapping[str, Sequence[Measured]], rivals: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -194,7 +195,19 @@ def test_a_rival_is_timed_by_what_each_of_its_runs_reaches() -> None:
     runs = [timed([0.2, 0.8], 2.0), timed([0.9, 0.5], 2.0)]
     table = statistics.reach_table({"rival": runs}, statistics.final_dice(runs)).set_index("row")
     assert table.loc["rival", "reached"] == 1 and np.isinf(table.loc["rival", "seconds"])  # of its mean, not all are
-    assert statistics.own_reach(runs) == statistics.Reach(1.5, 6.0, 7.0)  # after two rounds and after one
+    ours = [timed([0.86], 1.0), timed([0.7, 0.86], 1.0)]  # to 0.85, the mean of 0.8 and 0.9: one round and two
+    own = [statistics.reach(run, statistics.final_dice([run])) for run in runs]  # after two rounds and after one
+    assert [there.round for there in own if there is not None] == [2, 1]
+    assert statistics.reach_ratios(ours, runs, "round") == [0.5, 2.0]
+    assert statistics.reach_ratios(ours, runs, "seconds") == [
+        statistics.course_of(ours[0])["seconds"][0] / statistics.course_of(runs[0])["seconds"][1],
+        statistics.course_of(ours[1])["seconds"][1] / statistics.course_of(runs[1])["seconds"][0],
+    ]
+    assert statistics.reach_ratios([timed([0.1], 1.0), ours[1]], runs, "mb")[0] == math.inf
+    free = Run(history=[{"round": 0, "client": "a", "validation": 0.4}], messages=[])
+    assert statistics.reach_ratios([free], [free], "mb") == [math.inf]  # the rival sends nothing: no share of it
+    with pytest.raises(ValueError):
+        statistics.reach_ratios(ours, runs[:1], "mb")
 
 
 def test_the_target_is_the_best_rivals_chosen_round_on_validation() -> None:
