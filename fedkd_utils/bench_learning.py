@@ -173,6 +173,6 @@ def reach_lines(setting: str, runs: Mapping[str, Sequence[Record]]) -> list[Line
         for row in table.index.drop(rival):
             ratios = statistics.reach_ratios(runs[row], runs[rival], what)
             name, target = f"{setting}: {row} / {rival}, {unit}", goal if row in AIMED else None
-            middle = float(np.median(ratios))
-            lines.append(Line(name, "ratio", middle, min(ratios), max(ratios), len(ratios), target))
+            low, high = np.percentile(ratios, [5, 95], method="nearest")  # may be infinite: nothing is in between
+            lines.append(Line(name, "ratio", float(np.median(ratios)), float(low), float(high), len(ratios), target))
     return lines

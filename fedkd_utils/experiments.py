@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from fedkd_utils.networks import (
     place,
     save_checkpoint,
 )
-from fedkd_utils.parallel import once_a_thread, side_by_side
+from fedkd_utils.parallel import once_a_thread, side_by_side, threads_that_fit
 from fedkd_utils.provenance import code_hash, files_hash, state_hash, versions
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES, Settings, any_contrast, cache_folder
 from fedkd_utils.site_folder import Cohort, Site
@@ -85,7 +84,7 @@ class Result:
 
 def load_clients(cohort: Cohort, settings: Settings) -> list[SiteData]:
     """All clients of a cohort on the grid, in memory; read side by side, which changes no number."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads_that_fit()) as pool:
         return list(pool.map(transforms.load_site, cohort.clients, repeat(settings)))
 
 

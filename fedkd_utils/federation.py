@@ -420,12 +420,12 @@ def _validate(
     """Score the students of a round on validation volumes only, and keep the best so far."""
     network = once_a_thread(lambda: place(build_student(plan.settings, 0), plan.sites[0].labelled_images.device))
 
-    def look(site: SiteData, report: Progress) -> dict[str, float]:
+    def score(site: SiteData, report: Progress) -> dict[str, float]:
         load_state(network(), plan.model(run, site))
         return scores_on(network(), site.validation)
 
     own: dict[str, float] = {}
-    with closing(side_by_side(look, plan.sites, plan.workers, plan.advance)) as lines:
+    with closing(side_by_side(score, plan.sites, plan.workers, plan.advance)) as lines:
         for site, line in zip(plan.sites, lines, strict=True):
             own[site.name] = line["validation"]
             times = {"teacher_cpu_seconds": looking[site.name]} if plan.method.distils else {}

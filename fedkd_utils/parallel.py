@@ -22,8 +22,11 @@ T = TypeVar("T")
 
 def default_workers() -> int:
     """How many clients train side by side: as many as the cores hold with torch's threads for each; on a GPU one."""
-    if compute_device().type == "cuda":
-        return 1
+    return 1 if compute_device().type == "cuda" else threads_that_fit()
+
+
+def threads_that_fit() -> int:
+    """How many threads of ours the cores hold when each uses torch's number of threads."""
     return max((os.cpu_count() or 1) // torch.get_num_threads(), 1)
 
 
@@ -50,7 +53,7 @@ def side_by_side(
     """Work on every site in threads, results in the order of the sites; progress goes to the calling thread.
 
     Work begins at most twice as many sites ahead of the last result that was taken as there are workers, so few results
-    are there at a time. When one fails, or the caller stops early, the others stop at their next step, and the first
+    are there at a time. When one fails, or the caller stops early, the others stop at their next report, and the first
     error in the order of the sites is raised; a caller that may stop early closes the generator.
     """
     count = min(default_workers() if workers is None else workers, len(sites))

@@ -202,7 +202,7 @@ def course_of(result: Measured) -> pd.DataFrame:
 class Reach:
     """When a validation Dice was first reached: round, seconds and MB since the start."""
 
-    round: float
+    round: int
     seconds: float
     mb: float
 
@@ -230,8 +230,14 @@ def reach_ratios(runs: Sequence[Measured], rival: Sequence[Measured], what: str)
         rival: of the same seeds in the same order; the Dice to reach is the mean over all of them.
         what: "round", "seconds" or "mb".
 
-    Returns: by seed; infinite where the Dice is never reached, or costs the rival nothing.
+    Returns: by seed; infinite where the Dice is never reached, or where it costs the rival nothing.
+
+    Raises:
+        ValueError: other seeds, or in another order.
     """
+    seeds, others = [run.seed for run in runs], [run.seed for run in rival]
+    if seeds != others:
+        raise ValueError(f"Runs of seeds {seeds} cannot be held against those of seeds {others}: bring the same ones.")
     target, found = final_dice(rival), []
     for run, other in zip(runs, rival, strict=True):
         there, own = reach(run, target), reach(other, final_dice([other]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,10 +170,30 @@ def test_clients_read_side_by_side_are_those_read_one_after_another(cache: Path)
         alone = transforms.load_site(site, TINY)
         for name in ("labelled_images", "labels", "unlabelled_images"):
             assert torch.equal(getattr(made, name), getattr(alone, name))
+        for part in ("validation", "test"):
+            pairs = zip(getattr(made, part), getattr(alone, part), strict=True)
+            assert all(a.name == b.name and torch.equal(a.image, b.image) for a, b in pairs)
     bad = tuple(replace(site, training=()) for site in cohort.clients)
     with pytest.raises(VolumeError, match="client_1: no labelled training volume"):
         experiments.load_clients(replace(cohort, clients=bad), TINY)
     assert experiments.load_clients(replace(cohort, clients=()), TINY) == []
+
+
+def test_each_of_two_clients_side_by_side_is_tested_with_its_own_weights(cache: Path, monkeypatch: Any) -> None:
+    sites = experiments.load_clients(cohorts.make_cohort(TINY, "paper_like", root=cache), TINY)
+    first = experiments.run_row("local_only", "paper_like", 5, TINY, cache, sites=sites, workers=1, show_progress=False)
+    both, used = threading.Barrier(2, timeout=60), {}
+
+    def together(network: torch.nn.Module, cases: Any) -> pd.DataFrame:
+        both.wait()  # both clients have loaded their weights
+        used[cases[0].name] = id(network), provenance.state_hash(network.state_dict())
+        return training.evaluate_cases(network, cases)
+
+    monkeypatch.setattr(experiments, "evaluate_cases", together)
+    (experiments.result_folder(first, cache) / "result.json").unlink()
+    again = experiments.run_row("local_only", "paper_like", 5, TINY, cache, sites=sites, workers=2, show_progress=False)
+    assert len(used) == len({one for one, _ in used.values()}) == len({weights for _, weights in used.values()}) == 2
+    assert without_clock(again) == without_clock(first)
 
 
 def test_pooled_trains_once_on_every_volume_with_its_hidden_label(cache: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -553,6 +554,22 @@ def test_a_small_student_learns_but_cannot_start_at_the_teacher() -> None:
         run("dual_kd", settings=small, teacher_update=TeacherUpdate("hand_over", 1, 0.5))
     with pytest.raises(ValueError, match="student_shrink 3 does not divide"):
         networks.build_student(replace(TINY, student_shrink=3), 0)
+
+
+def test_each_of_two_clients_side_by_side_is_validated_with_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, scores_on = run("local_only", sites=SITES[:2], workers=1), federation.scores_on
+    both, used = threading.Barrier(2, timeout=60), list[dict[str, str]]()
+
+    def together(network: networks.TappedNetwork, cases: Any) -> dict[str, float]:
+        both.wait()  # both clients have loaded their weights
+        used.append({"network": str(id(network)), "weights": state_hash(network.state_dict())})
+        return scores_on(network, cases)
+
+    monkeypatch.setattr(federation, "scores_on", together)
+    assert same(run("local_only", sites=SITES[:2], workers=2), expected)
+    assert len(used) == 2 * TINY.rounds
+    for first, second in zip(used[::2], used[1::2], strict=True):
+        assert first["network"] != second["network"] and first["weights"] != second["weights"]
 
 
 def test_a_client_goes_on_with_the_mixture_that_it_validates_best() -> None:

@@ -99,8 +99,9 @@ def test_each_thread_makes_its_own_once() -> None:
     at_once = threading.Barrier(2)
 
     def make() -> object:
-        made.append(object())
-        return made[-1]
+        new = object()
+        made.append(new)
+        return new
 
     mine = once_a_thread(make)
 
@@ -110,5 +111,8 @@ def test_each_thread_makes_its_own_once() -> None:
 
     found = list(side_by_side(work, SITES, 2, quiet))
     owners = {thread: thing for thread, thing, _ in found}
-    assert len(owners) == len(made) == 2 and all(a is b is owners[thread] for thread, a, b in found)
+    assert len(owners) == len(made) == 2 and owners.keys() != {threading.get_ident()}
+    assert all(a is b is owners[thread] for thread, a, b in found)
+    first, second = owners.values()
+    assert first is not second
     assert mine() is mine() and len(made) == 3  # the caller's own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -192,10 +192,13 @@ def test_seconds_are_those_of_the_slowest_client_and_bytes_those_of_all() -> Non
 
 
 def test_a_rival_is_timed_by_what_each_of_its_runs_reaches() -> None:
-    runs = [timed([0.2, 0.8], 2.0), timed([0.9, 0.5], 2.0)]
+    runs = [timed([0.2, 0.8], 2.0), replace(timed([0.9, 0.5], 2.0), seed=1)]
     table = statistics.reach_table({"rival": runs}, statistics.final_dice(runs)).set_index("row")
     assert table.loc["rival", "reached"] == 1 and np.isinf(table.loc["rival", "seconds"])  # of its mean, not all are
-    ours = [timed([0.86], 1.0), timed([0.7, 0.86], 1.0)]  # to 0.85, the mean of 0.8 and 0.9: one round and two
+    ours = [
+        timed([0.86], 1.0),
+        replace(timed([0.7, 0.86], 1.0), seed=1),
+    ]  # to 0.85, the mean of 0.8 and 0.9: one round and two
     own = [statistics.reach(run, statistics.final_dice([run])) for run in runs]  # after two rounds and after one
     assert [there.round for there in own if there is not None] == [2, 1]
     assert statistics.reach_ratios(ours, runs, "round") == [0.5, 2.0]
@@ -206,8 +209,9 @@ def test_a_rival_is_timed_by_what_each_of_its_runs_reaches() -> None:
     assert statistics.reach_ratios([timed([0.1], 1.0), ours[1]], runs, "mb")[0] == math.inf
     free = Run(history=[{"round": 0, "client": "a", "validation": 0.4}], messages=[])
     assert statistics.reach_ratios([free], [free], "mb") == [math.inf]  # the rival sends nothing: no share of it
-    with pytest.raises(ValueError):
-        statistics.reach_ratios(ours, runs[:1], "mb")
+    for other in (runs[:1], runs[::-1]):
+        with pytest.raises(ValueError, match="bring the same ones"):
+            statistics.reach_ratios(ours, other, "mb")
 
 
 def test_the_target_is_the_best_rivals_chosen_round_on_validation() -> None:
