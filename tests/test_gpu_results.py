@@ -123,6 +123,9 @@ def test_the_page_says_how_far_the_papers_size_was_run() -> None:
         seconds = "-" if row == "teacher_only" else f"{record.result.wall_seconds:.0f}"
         sent = (record.result.bytes_down + record.result.bytes_up) / 1e6
         claims.append(f"| {title} | {dice} | {seconds} | {sent:.0f} |")
+    near = {p.row: mean_score([r]) for p, r in ON_CPU.items() if p.setting == "paper_like" and p.seed == 0}
+    for scores in (near, {row: mean_score([record]) for row, record in found.items()}):
+        assert scores["finetune"] > scores["fedavg"] + 0.05  # "far ahead"
     first, again = found["teacher_only"].result.teacher, found["dual_kd"].result.teacher
     assert first["weights_sha256"] == again["weights_sha256"]  # trained twice, on two days
     assert found["teacher_only"].date != found["dual_kd"].date
@@ -148,6 +151,14 @@ def test_the_page_says_how_the_papers_profile_was_begun() -> None:
     making = [seconds[name] for name in seconds if name.startswith("making") and name.endswith("14 processes")]
     assert len(making) == 2 and sum(making) < 240
     assert round(seconds["reading the clients' volumes"] / 60) == 3
+    rows = {
+        row: records.read_record(RESULTS / "paper_short" / f"{row}-paper_like-seed0.json")
+        for row in ("dual_kd", "fedavg")
+    }
+    fedavg = PAPER.rounds * begun["wall_seconds"] / 60
+    dual = fedavg * rows["dual_kd"].result.wall_seconds / rows["fedavg"].result.wall_seconds
+    taught = rows["dual_kd"].result.teacher["seconds"] * PAPER.teacher_steps / PAPER_SHORT.teacher_steps / 60
+    assert 25 < fedavg < 40 and min(dual, taught) > 45  # "about half an hour", "three quarters of an hour or more"
     claims = (
         f"14 processes made its {PAPER.clients * own + repository} volumes in under 4 minutes",
         f"reading the clients' {PAPER.clients * own} side by side took 3",
