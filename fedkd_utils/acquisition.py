@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fedkd_utils import anatomy
 from fedkd_utils.anatomy import LABEL_OF_TISSUE, Knee, Pose, draw_knee, tissue_map
+from fedkd_utils.interpolation import trilinear
 from fedkd_utils.recontrast import recontrast
 
 
@@ -307,14 +308,14 @@ def random_sequence(rng: np.random.Generator) -> Sequence:
 
 def _smooth_field(
     rng: np.random.Generator,
-    shape: tuple[int, ...],
-    spacing: tuple[float, ...],
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
     scale_mm: float,
 ) -> torch.Tensor:
     """A smooth random field of about unit spread, with a correlation length of about ``scale_mm``."""
     nodes = tuple(max(int(np.ceil(n * s / scale_mm)) + 2, 2) for n, s in zip(shape, spacing, strict=True))
-    coarse = torch.from_numpy(rng.standard_normal(nodes, dtype=np.float32))[None, None]
-    return torch.nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)[0, 0]
+    coarse = torch.from_numpy(rng.standard_normal(nodes, dtype=np.float32))[None]
+    return trilinear(coarse, shape)[0]
 
 
 def _truncate_k_space(image: torch.Tensor, share: float) -> torch.Tensor:
@@ -393,9 +394,11 @@ def scan_tissue(
     codes = torch.from_numpy(tissue.astype(np.int64))
     water = torch.from_numpy(values[:, 0].astype(np.float32))[codes]
     fat = torch.from_numpy(values[:, 1].astype(np.float32))[codes]
-    grain = 0.75 * _smooth_field(rng, fine_shape, fine_mm, 2.5) + 0.65 * _smooth_field(rng, fine_shape, fine_mm, 9.0)
+    # In place where it can be: most of the time of these lines is that of asking for memory.
+    grain = _smooth_field(rng, fine_shape, fine_mm, 2.5).mul_(0.75)
+    grain.add_(_smooth_field(rng, fine_shape, fine_mm, 9.0).mul_(0.65))
     texture = torch.tensor([t.texture for t in TISSUE_MR])[codes]
-    grain = (1 + texture * grain).clamp_(min=0.2)
+    grain = texture.mul_(grain).add_(1).clamp_(min=0.2)
 
     def average(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool3d(x[None, None], sub)[0, 0]
@@ -406,8 +409,8 @@ def scan_tissue(
     # Septa, vessels and oedema: the little water in fat and marrow is uneven, which fat suppression lays bare.
     fatty = torch.zeros(len(TISSUE_MR))
     fatty[[anatomy.FAT, anatomy.MARROW]] = 4.0
-    water = water * grain * torch.exp(fatty[codes] * (grain - 1))
-    image = average(water) + average(fat * grain) * residual.clamp(max=1.0)
+    water.mul_(grain).mul_(fatty[codes].mul_(grain - 1).exp_())
+    image = average(water) + average(fat.mul_(grain)) * residual.clamp(max=1.0)
     image = _truncate_k_space(image, scanner.k_space)
     bright = float(torch.quantile(image.flatten()[::7], 0.97))
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedkd_utils.interpolation import Box, reach, trilinear
+
 Array = NDArray[np.float32]
 
 #: Tissue codes of a tissue map. The three cartilages are one tissue to a scanner and three classes to a reader.
@@ -439,10 +441,7 @@ def tissue_map(
     ]
     p = _bend(p, knee)
     coarse = _fields(p, step, m, knee)
-    names = list(coarse)
-    stack = torch.from_numpy(np.stack([coarse[n] for n in names]).astype(np.float32))[None]
-    fine = torch.nn.functional.interpolate(stack, size=shape, mode="trilinear", align_corners=True)[0].numpy()
-    return _classify(dict(zip(names, fine, strict=True)))
+    return _classify(coarse, shape)
 
 
 def _bend(p: list[Array], knee: Knee) -> list[Array]:
@@ -461,22 +460,37 @@ def _bend(p: list[Array], knee: Knee) -> list[Array]:
     return out
 
 
-def _classify(f: dict[str, Array]) -> NDArray[np.uint8]:
-    """Tissue codes from the fields; later lines win over earlier ones."""
-    leg = f["leg"]
+def _classify(f: dict[str, Array], shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Tissue codes from the fields on the coarse lattice; later lines win over earlier ones.
+
+    A field is brought to the fine lattice only where it can decide: between nodes that are all outside a structure, no
+    point is inside.
+    """
+
+    def fine(names: tuple[str, ...], where: NDArray[np.bool_]) -> tuple[Box, list[Array]]:
+        box = reach(where, shape)
+        stack = torch.from_numpy(np.stack([f[name] for name in names]).astype(np.float32))
+        return box, list(trilinear(stack, shape, box).numpy())
+
+    leg = fine(("leg",), np.ones_like(f["leg"], dtype=bool))[1][0]
     tissue = np.full(leg.shape, AIR, dtype=np.uint8)
     tissue[leg < 0] = SKIN
     tissue[leg < -1.6] = FAT
     tissue[np.abs(leg + 6.0) < 0.5] = SKIN  # the fascia, a thin sheet in the fat
-    tissue[(f["muscle"] < 0) & (leg < -5.0)] = MUSCLE
-    tissue[f["blood"] < 0] = BLOOD
-    tissue[f["fluid"] < 0] = FLUID
-    tissue[f["ligament"] < 0] = LIGAMENT
-    tissue[f["meniscus"] < 0] = MENISCUS
-    tissue[(f["tibia"] < f["tibial_mm"]) & (f["tibial_mm"] > 0.35)] = TIBIAL
-    tissue[(f["face"] > 0) & (f["face"] < f["patellar_mm"]) & (f["patellar_mm"] > 0.35)] = PATELLAR
-    tissue[(f["femur"] < f["femoral_mm"]) & (f["femoral_mm"] > 0.35)] = FEMORAL
-    for bone, shell_mm in (("femur", 0.9), ("tibia", 0.9), ("small bones", 1.0)):
-        tissue[f[bone] < 0] = CORTICAL
-        tissue[f[bone] < -shell_mm] = MARROW
+    box, (muscle,) = fine(("muscle",), f["muscle"] < 0)
+    tissue[box][(muscle < 0) & (leg[box] < -5.0)] = MUSCLE
+    for name, code in (("blood", BLOOD), ("fluid", FLUID), ("ligament", LIGAMENT), ("meniscus", MENISCUS)):
+        box, (field,) = fine((name,), f[name] < 0)
+        tissue[box][field < 0] = code
+    tibia_box, (tibia, tibial_mm) = fine(("tibia", "tibial_mm"), (f["tibia"] < 0) | (f["tibial_mm"] > 0.34))
+    tissue[tibia_box][(tibia < tibial_mm) & (tibial_mm > 0.35)] = TIBIAL
+    box, (face, patellar_mm) = fine(("face", "patellar_mm"), f["patellar_mm"] > 0.34)
+    tissue[box][(face > 0) & (face < patellar_mm) & (patellar_mm > 0.35)] = PATELLAR
+    femur_box, (femur, femoral_mm) = fine(("femur", "femoral_mm"), (f["femur"] < 0) | (f["femoral_mm"] > 0.34))
+    tissue[femur_box][(femur < femoral_mm) & (femoral_mm > 0.35)] = FEMORAL
+    small_box, (small,) = fine(("small bones",), f["small bones"] < 0)
+    bones = ((femur_box, femur, 0.9), (tibia_box, tibia, 0.9), (small_box, small, 1.0))
+    for box, bone, shell_mm in bones:
+        tissue[box][bone < 0] = CORTICAL
+        tissue[box][bone < -shell_mm] = MARROW
     return tissue
