@@ -57,7 +57,7 @@ results: setup  ## tune every row, run every grid of the reference profile, prin
 	@$(BIN)/python -m fedkd_utils seconds --profile reference
 	@$(BIN)/python -m fedkd_utils results --profile reference
 
-bench: setup  ## measure everything side by side into data/results/bench; leave the machine alone meanwhile
+bench: .venv/engine  ## measure everything side by side into data/results/bench; leave the machine alone meanwhile
 	@$(BIN)/python -m fedkd_utils bench
 
 notebooks: setup  ## execute the committed notebooks in place, in order, and stamp them

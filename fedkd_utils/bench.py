@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -30,19 +31,27 @@ class Part:
     """Some measurements that are made in one go."""
 
     measure: Callable[[Effort], list[Line]]
-    on_request: bool = False  # it takes long, or needs what is not everywhere
+    on_request: bool = False  # it needs what is not everywhere: a GPU, a browser
+    needs: str = ""  # a package beyond those of the course
 
 
-#: The parts, in the order of a run. The engine, an extra, has a record of its own (``engine_bench``).
+def _flower(effort: Effort) -> list[Line]:
+    from fedkd_utils import engine_bench
+
+    return engine_bench.flower(effort)
+
+
+#: The parts, in the order of a run.
 PARTS: dict[str, Part] = {
     "steps": Part(bench_steps.steps),
     "profile": Part(bench_steps.profile),
     "networks": Part(bench_learning.networks),
     "simulation": Part(bench_growth.simulation),
+    "flower": Part(_flower, needs="flwr"),
     "growth": Part(bench_growth.growth),
     "reach": Part(bench_learning.reach),
     "phantom": Part(bench_volumes.phantom),
-    "inference": Part(bench_volumes.inference, on_request=True),
+    "inference": Part(bench_volumes.inference),
     "viewer": Part(bench_viewer.viewer, on_request=True),
     "gpu": Part(bench_gpu.gpu, on_request=True),
 }
@@ -72,8 +81,15 @@ def run(
 
     Raises:
         ValueError: an unknown part; nothing is measured.
+        RuntimeError: a part is asked for by name, and what it needs is not installed; nothing is measured.
     """
     chosen = chosen_parts(names, parts)
+    for name in [name for name in chosen if _lacks(parts[name])]:
+        lack = f"{name}: {parts[name].needs} is not installed. Install it with: make bench"
+        if names:
+            raise RuntimeError(lack)
+        say(f"left out: {lack}")
+        chosen.remove(name)
     threads, named = torch.get_num_threads(), os.environ.get("FEDKD_DEVICE")
     torch.set_num_threads(1)
     os.environ["FEDKD_DEVICE"] = "cpu"
@@ -101,6 +117,10 @@ def run(
         else:
             os.environ["FEDKD_DEVICE"] = named
     return facts
+
+
+def _lacks(part: Part) -> bool:
+    return bool(part.needs) and importlib.util.find_spec(part.needs) is None
 
 
 def _load() -> float | None:

@@ -1,7 +1,9 @@
-"""What the engine costs, and what its protection costs: ``python -m fedkd_utils bench engine``.
+"""What the engine costs, and what its protection costs.
 
 One job, four ways: a bare loop over rounds and clients, the simulation of the course, Flower in one process, Flower on
-real processes with TLS and node keys. Then FedAvg on a coarser grid with clipping, noise and masks, in one process.
+real processes with TLS and node keys. ``make bench`` repeats them in turn (its part "flower").
+``python -m fedkd_utils bench engine`` runs each once, records every message for notebook 11, and then FedAvg on a
+coarser grid with clipping, noise and masks, in one process.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fedkd_utils import cohorts, experiments, federation, hospitals, networks, teacher, transforms
-from fedkd_utils.bench_growth import bare_loop
+from fedkd_utils import cohorts, federation, hospitals, networks, teacher, transforms
+from fedkd_utils.bench_growth import LOOP, bare_loop
 from fedkd_utils.disclosure import epsilon
 from fedkd_utils.engine_connections import Order
 from fedkd_utils.engine_lesson import lesson
@@ -35,6 +38,7 @@ from fedkd_utils.networks import State, TappedNetwork, largest_difference
 from fedkd_utils.provenance import NUMBERS, state_hash, versions
 from fedkd_utils.records import machine
 from fedkd_utils.settings import QUICK, Settings
+from fedkd_utils.timing import Effort, Line, in_turn, line, ratios
 from fedkd_utils.transforms import SiteData
 
 COMMAND = "python -m fedkd_utils bench engine"
@@ -132,38 +136,75 @@ def _watched(made: hospitals.Federation) -> Iterator[dict[tuple[int, float], flo
         thread.join()
 
 
+def _ways(case: Case) -> dict[str, Callable[[Path], tuple[State, tuple[int, int]]]]:
+    """The ways in one process. Each takes an empty folder and gives the last average and the bytes down and up."""
+
+    def bare(folder: Path) -> tuple[State, tuple[int, int]]:
+        return bare_loop(case.settings, case.sites, 0, True, ROW, case.taught), (0, 0)
+
+    def simulated(folder: Path) -> tuple[State, tuple[int, int]]:
+        result = federation.run_federation(case.settings, ROW, case.sites, case.taught, 0, folder, workers=1)
+        return _last(folder), (result.ledger.total("down"), result.ledger.total("up"))
+
+    def flower(folder: Path) -> tuple[State, tuple[int, int]]:
+        _, report = federate(local_grid(case.sites, folder / "nodes"), case.order(folder / "server"), case.state)
+        return _last(folder / "server"), (report.bytes("down"), report.bytes("up"))
+
+    return {"bare loop": bare, "simulation": simulated, "Flower in one process": flower}
+
+
+REAL = "Flower on real processes"
+
+
+def flower(effort: Effort) -> list[Line]:
+    """One round of the job four ways, for ``make bench``; its teacher is not trained, which costs a step the same."""
+    settings = replace(QUICK, rounds=1)
+    folders, sites = _hospitals(settings)
+    made = Case(settings, folders, sites, teacher.freeze(networks.build_network(settings, 99)))
+    job, last = f"a round of {CLIENTS} clients ({ROW}): ", {}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def once(way: str, run: Callable[[Path], tuple[State, tuple[int, int]]]) -> None:
+            last[way], _ = run(Path(tempfile.mkdtemp(dir=folder)))
+
+        cases = {way: partial(once, way, run) for way, run in _ways(made).items()}
+        seconds = in_turn(cases, min(effort.repeats, 3), time.process_time)
+        place, wall = Path(folder) / "real", time.perf_counter()
+        _, spent = _processes(made, place)
+        wall = time.perf_counter() - wall
+        last[REAL] = _last(place / "run")
+    bare = seconds["bare loop"]
+    lines = [line(job + way, "CPU s", own) for way, own in seconds.items()]
+    for way, target in (("simulation", LOOP), ("Flower in one process", None)):
+        lines.append(line(f"{way} / bare loop", "ratio", ratios(seconds[way], bare), at_most=target))
+    lines.append(line(job + REAL, "CPU s", [spent]))
+    lines.append(line(job + REAL, "s", [wall]))
+    lines.append(line(f"{REAL} / bare loop", "ratio", [spent / own for own in bare]))
+    apart = max(largest_difference(last["bare loop"], state) for state in last.values())
+    return [*lines, line("weights after the last round, largest difference", "", [apart], at_most=0.0)]
+
+
 def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[list[dict[str, Any]], Report]:
     """CPU and wall seconds and bytes of the same job, four ways; and the report of the real processes."""
     lines: list[dict[str, Any]] = []
-
-    def measure(way: str, work: Callable[[], Any]) -> Any:
+    last: list[State] = []
+    for number, (way, run) in enumerate(_ways(case).items()):
         note(way)
         wall, cpu = time.perf_counter(), _cpu()
-        out = work()
+        state, (down, up) = run(folder / str(number))
         lines.append({"way": way, "cpu_seconds": _cpu() - cpu, "wall_seconds": time.perf_counter() - wall})
-        return out
-
-    last = measure("bare loop", lambda: bare_loop(case.settings, case.sites, 0, True, ROW, case.taught))
-    simulated = measure(
-        "simulation",
-        lambda: federation.run_federation(case.settings, ROW, case.sites, case.taught, 0, folder / "sim", workers=1),
-    )
-    local, report = measure(
-        "Flower in one process",
-        lambda: federate(local_grid(case.sites, folder / "nodes"), case.order(folder / "local"), case.state),
-    )
-    real, spent = measure("Flower on real processes", lambda: _processes(case, folder / "real"))
-    lines[-1]["cpu_seconds"] = spent
-    models = experiments.load_models(folder / "real" / "run" / "model.safetensors")
-    name = case.sites[0].name
-    apart = [largest_difference(last, _last(folder / "sim")), 0.0]
-    apart += [largest_difference(model, simulated.models[name]) for model in (local.models[name], models[name])]
-    sent = [(0, 0), (simulated.ledger.total("down"), simulated.ledger.total("up"))]
-    sent += [(r.bytes("down"), r.bytes("up")) for r in (report, real)]
-    for line, largest, (down, up) in zip(lines, apart, sent, strict=True):
-        line |= {"ratio": line["cpu_seconds"] / lines[0]["cpu_seconds"], "bytes_down": down, "bytes_up": up}
-        line["largest_difference_of_a_weight"] = largest
-    return lines, real
+        lines[-1] |= {"bytes_down": down, "bytes_up": up}
+        last.append(state)
+    note(REAL)
+    wall = time.perf_counter()
+    report, spent = _processes(case, folder / "real")
+    lines.append({"way": REAL, "cpu_seconds": spent, "wall_seconds": time.perf_counter() - wall})
+    lines[-1] |= {"bytes_down": report.bytes("down"), "bytes_up": report.bytes("up")}
+    last.append(_last(folder / "real" / "run"))
+    for one, state in zip(lines, last, strict=True):
+        one["ratio"] = one["cpu_seconds"] / lines[0]["cpu_seconds"]
+        one["largest_difference_of_a_weight"] = largest_difference(last[0], state)
+    return lines, report
 
 
 def _last(folder: Path) -> State:

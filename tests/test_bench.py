@@ -161,13 +161,24 @@ def test_parts_run_in_their_order_and_some_only_on_request():
     some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], on_request=True), "c": Part(lambda effort: [])}
     assert bench.chosen_parts([], some) == ["a", "c"]
     assert bench.chosen_parts(["c", "b"], some) == ["b", "c"]
-    assert {"inference", "viewer", "gpu"} == {name for name, part in bench.PARTS.items() if part.on_request}
+    assert {"viewer", "gpu"} == {name for name, part in bench.PARTS.items() if part.on_request}
+
+
+def test_a_part_whose_package_is_missing_is_left_out_and_the_run_is_not_whole(capsys):
+    some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], needs="no_such_package")}
+    said = []
+    facts = bench.run(effort=ONE, parts=some, say=said.append)
+    assert list(facts["parts"]) == ["a"] and said[0].startswith("left out: b: no_such_package is not installed.")
+    assert not bench.is_whole(facts | {"effort": {"quick": False}}, some)
+    with pytest.raises(RuntimeError, match="b: no_such_package is not installed. Install it with: make bench"):
+        bench.run(["a", "b"], ONE, parts=some, say=said.append)
+    assert len(said) == 2
 
 
 def test_only_a_whole_run_goes_to_the_place_of_the_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
     for name in bench.PARTS:
-        monkeypatch.setitem(bench.PARTS, name, replace(bench.PARTS[name], measure=lambda effort: []))
+        monkeypatch.setitem(bench.PARTS, name, replace(bench.PARTS[name], measure=lambda effort: [], needs=""))
     assert main(["bench", "--quick"]) == 0 and main(["bench", "steps"]) == 0
     assert not bench.FILE.exists() and "Nothing was written" in capsys.readouterr().out
     assert main(["bench", "steps", "viewer", "--repeats", "3", "--out", str(tmp_path / "x.json")]) == 0
@@ -197,6 +208,38 @@ def test_the_bare_loop_distils_as_the_federation_does():
     taught = freeze(build_network(settings, 9))
     ours = run_federation(settings, "dual_kd", sites, taught, seed=5, workers=1).models["east"]
     assert largest_difference(ours, bench_growth.bare_loop(settings, sites, 5, True, "dual_kd", taught)) == 0
+
+
+@pytest.fixture
+def hospitals(monkeypatch):
+    """The engine's benchmark with three tiny hospitals, and real processes that are none and took 12 s."""
+    engine_bench = pytest.importorskip("fedkd_utils.engine_bench", reason="the engine is not installed")
+    sites = [bench_steps.noise_site(name, TINY, 2, 2) for name in ("east", "north", "west")]
+
+    def processes(case, folder):
+        order = replace(case.order(folder / "run"), job=replace(case.order(folder).job, seed=processes.seed))
+        _, report = engine_bench.federate(engine_bench.local_grid(case.sites, folder / "nodes"), order, case.state)
+        return report, 12.0
+
+    processes.seed = 0
+    monkeypatch.setattr(engine_bench, "QUICK", TINY)
+    monkeypatch.setattr(engine_bench, "_hospitals", lambda settings: ({site.name: PROJECT for site in sites}, sites))
+    monkeypatch.setattr(engine_bench, "_processes", processes)
+    return engine_bench, processes
+
+
+def test_the_engine_is_measured_beside_the_loop_and_gives_its_weights(hospitals):
+    engine_bench, processes = hospitals
+    lines = engine_bench.flower(Effort(3, 0.1, True))
+    found = {(one.what, one.unit): one for one in lines}
+    job, real = "a round of 3 clients (dual_kd): ", "Flower on real processes"
+    assert {one.repeats for one in lines} == {1, 3} and found[job + real, "CPU s"].median == 12
+    bare = found[job + "bare loop", "CPU s"]
+    assert found[f"{real} / bare loop", "ratio"].median == pytest.approx(12 / bare.median)
+    assert found["simulation / bare loop", "ratio"].at_most == bench_growth.LOOP
+    assert found["weights after the last round, largest difference", ""].met is True
+    processes.seed = 1  # they do something else
+    assert engine_bench.flower(ONE)[-1].met is False
 
 
 def test_asking_at_every_step_costs_nine_passes_a_volume_and_gives_the_same_loss_as_the_same_signals():
@@ -318,7 +361,7 @@ def test_reach_reads_the_committed_results():
 
 
 def test_the_readme_says_how_long_a_volume_of_full_size_takes() -> None:
-    facts = json.loads((bench.FILE.parent / "inference.json").read_bytes())
+    facts = json.loads(bench.FILE.read_bytes())
     measured = bench.medians(facts)
     text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
     assert "within a minute and 8 GB on two cores" in text
@@ -327,3 +370,7 @@ def test_the_readme_says_how_long_a_volume_of_full_size_takes() -> None:
         name = f"inference: segment 160 x 384 x 384 voxels, {network} network"
         words = f"in {measured[f'{name}, 2 threads, s']:.0f} s and {measured[f'{name}, peak memory, MB'] / 1000:.1f} GB"
         assert f"{words} with the {network}" in text
+
+
+def test_the_committed_run_is_whole():
+    assert bench.is_whole(json.loads(bench.FILE.read_bytes()))
