@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -78,6 +79,13 @@ def test_an_unpinned_requirement_is_found():
 )
 def test_file_exists(name):
     assert (PROJECT / name).is_file()
+
+
+def test_a_start_parses_no_grammar():
+    """See the pin of jsonschema in pyproject.toml."""
+    code = "import sys, fedkd_utils.experiments; print('monai' in sys.modules, 'rfc3987_syntax' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["True", "False"]
 
 
 def test_ci_calls_make_test():
