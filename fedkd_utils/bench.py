@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Part:
 
     measure: Callable[[Effort], list[Line]]
     on_request: bool = False  # it needs what is not everywhere: a GPU, a browser
-    needs: str = ""  # a package beyond those of the course
+    needs: tuple[str, ...] = ()  # packages beyond those of the course
 
 
 def _flower(effort: Effort) -> list[Line]:
@@ -47,7 +48,7 @@ PARTS: dict[str, Part] = {
     "profile": Part(bench_steps.profile),
     "networks": Part(bench_learning.networks),
     "simulation": Part(bench_growth.simulation),
-    "flower": Part(_flower, needs="flwr"),
+    "flower": Part(_flower, needs=("flwr", "psutil")),
     "growth": Part(bench_growth.growth),
     "reach": Part(bench_learning.reach),
     "phantom": Part(bench_volumes.phantom),
@@ -84,11 +85,13 @@ def run(
         RuntimeError: a part is asked for by name, and what it needs is not installed; nothing is measured.
     """
     chosen = chosen_parts(names, parts)
-    for name in [name for name in chosen if _lacks(parts[name])]:
-        lack = f"{name}: {parts[name].needs} is not installed. Install it with: make bench"
+    for name in [name for name in chosen if _lacking(parts[name])]:
+        lack = (
+            f"{name}: {' and '.join(_lacking(parts[name]))} not installed. Install the engine with: make .venv/engine"
+        )
         if names:
             raise RuntimeError(lack)
-        say(f"left out: {lack}")
+        say(f"left out: {lack}\nWithout it the run is not whole: it is kept only with --out.")
         chosen.remove(name)
     threads, named = torch.get_num_threads(), os.environ.get("FEDKD_DEVICE")
     torch.set_num_threads(1)
@@ -97,7 +100,7 @@ def run(
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "effort": dataclasses.asdict(effort),
-        "versions": versions(),
+        "versions": versions() | {one: metadata.version(one) for name in chosen for one in parts[name].needs},
         "machine": records.machine(None) | {"device": device_title(compute_device())},
         "load": _load(),
         **({"gpu": device_title(torch.device("cuda"))} if "gpu" in chosen and torch.cuda.is_available() else {}),
@@ -119,8 +122,8 @@ def run(
     return facts
 
 
-def _lacks(part: Part) -> bool:
-    return bool(part.needs) and importlib.util.find_spec(part.needs) is None
+def _lacking(part: Part) -> list[str]:
+    return [name for name in part.needs if importlib.util.find_spec(name) is None]
 
 
 def _load() -> float | None:

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from fedkd_utils import cohorts, federation, hospitals, networks, teacher, transforms
@@ -137,7 +138,7 @@ def _watched(made: hospitals.Federation) -> Iterator[dict[tuple[int, float], flo
 
 
 def _ways(case: Case) -> dict[str, Callable[[Path], tuple[State, tuple[int, int]]]]:
-    """The ways in one process. Each takes an empty folder and gives the last average and the bytes down and up."""
+    """The ways in one process. Each takes a new folder and gives the last average and the bytes down and up."""
 
     def bare(folder: Path) -> tuple[State, tuple[int, int]]:
         return bare_loop(case.settings, case.sites, 0, True, ROW, case.taught), (0, 0)
@@ -158,7 +159,7 @@ REAL = "Flower on real processes"
 
 def flower(effort: Effort) -> list[Line]:
     """One round of the job four ways, for ``make bench``; its teacher is not trained, which costs a step the same."""
-    settings = replace(QUICK, rounds=1)
+    settings = replace(LESSON if effort.quick else QUICK, rounds=1)
     folders, sites = _hospitals(settings)
     made = Case(settings, folders, sites, teacher.freeze(networks.build_network(settings, 99)))
     job, last = f"a round of {CLIENTS} clients ({ROW}): ", {}
@@ -179,8 +180,9 @@ def flower(effort: Effort) -> list[Line]:
         lines.append(line(f"{way} / bare loop", "ratio", ratios(seconds[way], bare), at_most=target))
     lines.append(line(job + REAL, "CPU s", [spent]))
     lines.append(line(job + REAL, "s", [wall]))
-    lines.append(line(f"{REAL} / bare loop", "ratio", [spent / own for own in bare]))
-    apart = max(largest_difference(last["bare loop"], state) for state in last.values())
+    lines.append(line(f"{REAL} / bare loop", "ratio", [spent / float(np.median(bare))]))
+    first, *others = last.values()
+    apart = float(np.max([largest_difference(first, state) for state in others]))  # NaN stays
     return [*lines, line("weights after the last round, largest difference", "", [apart], at_most=0.0)]
 
 

@@ -70,17 +70,20 @@ def line(
 def in_turn(
     cases: Mapping[str, Callable[[], object]], repeats: int, clock: Clock = time.thread_time
 ) -> dict[str, list[float]]:
-    """Seconds of each case, A B C A B C ..., so that a machine that slows down slows all of them.
+    """Seconds of each case, A B C, B C A, ..., so that a machine that slows down slows all of them.
 
+    Another one begins each time: what a case leaves in the caches and in memory is not always left to the same one.
     Each case runs once before, unmeasured: the first call allocates memory and chooses kernels.
     """
     for work in cases.values():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, work in cases.items():
+    names = list(cases)
+    for repeat in range(repeats):
+        first = repeat % len(names)
+        for name in names[first:] + names[:first]:
             start = clock()
-            work()
+            cases[name]()
             seconds[name].append(clock() - start)
     return seconds
 

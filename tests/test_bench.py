@@ -52,9 +52,13 @@ def test_cases_are_measured_in_turn_after_one_that_does_not_count():
     machine = Machine()
     cases = {"a": machine.work("a", 100, 2, 4, 6), "b": machine.work("b", 100, 1, 1, 2)}
     seconds = timing.in_turn(cases, 3, machine.clock)
-    assert machine.done == list("abababab")
+    assert machine.done == list("ababbaab")
     assert seconds == {"a": [2, 4, 6], "b": [1, 1, 2]}
     assert timing.ratios(seconds["a"], seconds["b"]) == [2, 4, 3]
+    three = {name: machine.work(name, 0, 1, 1, 1) for name in "abc"}
+    machine.done.clear()
+    timing.in_turn(three, 3, machine.clock)
+    assert "".join(machine.done) == "abcabcbcacab"
 
 
 def test_a_ratio_is_that_of_pairs_not_of_medians():
@@ -165,12 +169,15 @@ def test_parts_run_in_their_order_and_some_only_on_request():
 
 
 def test_a_part_whose_package_is_missing_is_left_out_and_the_run_is_not_whole(capsys):
-    some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], needs="no_such_package")}
+    some = {"a": Part(lambda effort: []), "b": Part(lambda effort: [], needs=("torch", "no_such_package"))}
     said = []
     facts = bench.run(effort=ONE, parts=some, say=said.append)
-    assert list(facts["parts"]) == ["a"] and said[0].startswith("left out: b: no_such_package is not installed.")
+    assert list(facts["parts"]) == ["a"] and said[0].startswith("left out: b: no_such_package not installed.")
+    assert said[0].endswith("kept only with --out.")
     assert not bench.is_whole(facts | {"effort": {"quick": False}}, some)
-    with pytest.raises(RuntimeError, match="b: no_such_package is not installed. Install it with: make bench"):
+    with pytest.raises(
+        RuntimeError, match="b: no_such_package not installed. Install the engine with: make .venv/engine"
+    ):
         bench.run(["a", "b"], ONE, parts=some, say=said.append)
     assert len(said) == 2
 
@@ -178,7 +185,7 @@ def test_a_part_whose_package_is_missing_is_left_out_and_the_run_is_not_whole(ca
 def test_only_a_whole_run_goes_to_the_place_of_the_results(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
     for name in bench.PARTS:
-        monkeypatch.setitem(bench.PARTS, name, replace(bench.PARTS[name], measure=lambda effort: [], needs=""))
+        monkeypatch.setitem(bench.PARTS, name, replace(bench.PARTS[name], measure=lambda effort: [], needs=()))
     assert main(["bench", "--quick"]) == 0 and main(["bench", "steps"]) == 0
     assert not bench.FILE.exists() and "Nothing was written" in capsys.readouterr().out
     assert main(["bench", "steps", "viewer", "--repeats", "3", "--out", str(tmp_path / "x.json")]) == 0
@@ -223,6 +230,7 @@ def hospitals(monkeypatch):
 
     processes.seed = 0
     monkeypatch.setattr(engine_bench, "QUICK", TINY)
+    monkeypatch.setattr(engine_bench, "LESSON", replace(TINY, steps_per_epoch=1))
     monkeypatch.setattr(engine_bench, "_hospitals", lambda settings: ({site.name: PROJECT for site in sites}, sites))
     monkeypatch.setattr(engine_bench, "_processes", processes)
     return engine_bench, processes
@@ -230,16 +238,34 @@ def hospitals(monkeypatch):
 
 def test_the_engine_is_measured_beside_the_loop_and_gives_its_weights(hospitals):
     engine_bench, processes = hospitals
-    lines = engine_bench.flower(Effort(3, 0.1, True))
+    lines = engine_bench.flower(Effort(3, 0.1, False))
     found = {(one.what, one.unit): one for one in lines}
     job, real = "a round of 3 clients (dual_kd): ", "Flower on real processes"
-    assert {one.repeats for one in lines} == {1, 3} and found[job + real, "CPU s"].median == 12
+    assert found[job + real, "CPU s"].median == 12
+    assert {one.repeats for one in lines if "real" in one.what} == {1} and found[
+        job + "simulation", "CPU s"
+    ].repeats == 3
     bare = found[job + "bare loop", "CPU s"]
     assert found[f"{real} / bare loop", "ratio"].median == pytest.approx(12 / bare.median)
     assert found["simulation / bare loop", "ratio"].at_most == bench_growth.LOOP
     assert found["weights after the last round, largest difference", ""].met is True
     processes.seed = 1  # they do something else
     assert engine_bench.flower(ONE)[-1].met is False
+
+
+def test_the_record_of_the_engine_compares_four_ways(hospitals, tmp_path):
+    engine_bench, processes = hospitals
+    folders, sites = engine_bench._hospitals(TINY)
+    case = engine_bench.Case(TINY, folders, sites, freeze(build_network(TINY, 9)))
+    notes = []
+    lines, report = engine_bench.overhead(case, tmp_path / "one", notes.append)
+    assert [line["way"] for line in lines] == notes == [*engine_bench._ways(case), engine_bench.REAL]
+    assert all(line["largest_difference_of_a_weight"] == 0 for line in lines)
+    assert lines[0]["ratio"] == 1 and lines[3]["cpu_seconds"] == 12
+    assert (lines[0]["bytes_up"], lines[3]["bytes_up"]) == (0, report.bytes("up")) and lines[2]["bytes_down"] > 0
+    processes.seed = 1
+    (*alike, other), _ = engine_bench.overhead(case, tmp_path / "two", notes.append)
+    assert other["largest_difference_of_a_weight"] > 0 == max(one["largest_difference_of_a_weight"] for one in alike)
 
 
 def test_asking_at_every_step_costs_nine_passes_a_volume_and_gives_the_same_loss_as_the_same_signals():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from fedkd_utils import anatomy, interpolation
+from fedkd_utils import anatomy
 from fedkd_utils.anatomy import Pose, draw_knee, tissue_map
 from fedkd_utils.interpolation import WHOLE, reach, trilinear
+
+FIELDS = ("leg", "muscle", "blood", "fluid", "ligament", "meniscus", "tibia", "tibial_mm", "face", "patellar_mm")
+FIELDS += ("femur", "femoral_mm", "small bones")
 
 lengths = st.tuples(*[st.integers(2, 9)] * 3)
 shapes = st.tuples(*[st.integers(2, 30)] * 3)
@@ -59,6 +64,56 @@ def test_a_box_is_no_larger_than_the_cells_around_its_nodes():
     assert reach(np.zeros_like(on), (101, 101, 101)) == (slice(0, 0),) * 3
 
 
+def hot(nodes, seed: int, share: float) -> dict[str, np.ndarray]:
+    """Fields of no knee: outside everything, but for some nodes, and thicknesses around the least that is drawn."""
+    rng = np.random.default_rng(seed)
+    fields = {}
+    for name in FIELDS:
+        inside = rng.random(nodes) < share
+        if name.endswith("_mm"):
+            fields[name] = np.where(inside, rng.uniform(0.35, 0.5, nodes), 0.0).astype(np.float32)
+        else:
+            fields[name] = np.where(inside, rng.uniform(-3, 0, nodes), rng.uniform(0, 3, nodes)).astype(np.float32)
+    fields["leg"] = fields["leg"] - np.float32(8)  # in the flesh
+    fields["face"] = np.abs(fields["face"])
+    return fields
+
+
+def classify(fields, shape, boxed: bool = True):
+    with patch.object(anatomy, "reach", reach if boxed else lambda nodes, shape: WHOLE):
+        return anatomy._classify(fields, shape)
+
+
+@given(nodes=lengths, shape=shapes, seed=st.integers(0, 999), share=st.sampled_from([0.01, 0.05, 0.3]))
+@settings(deadline=None, max_examples=80)
+def test_tissue_of_any_fields_is_the_same_with_and_without_boxes(nodes, shape, seed, share):
+    fields = hot(nodes, seed, share)
+    assert np.array_equal(classify(fields, shape), classify(fields, shape, boxed=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("muscle", anatomy.MUSCLE), ("blood", anatomy.BLOOD), ("fluid", anatomy.FLUID), ("ligament", anatomy.LIGAMENT)]
+    + [("meniscus", anatomy.MENISCUS), ("tibia", anatomy.MARROW), ("femur", anatomy.MARROW)]
+    + [("small bones", anatomy.MARROW), ("tibial_mm", anatomy.TIBIAL), ("femoral_mm", anatomy.FEMORAL)]
+    + [("patellar_mm", anatomy.PATELLAR)],
+)
+def test_one_node_of_a_structure_is_drawn_and_a_box_too_small_is_seen(name, code):
+    fields = hot((9, 9, 9), 0, 0.0)
+    fields |= {bone: np.full((9, 9, 9), 0.1, np.float32) for bone in ("tibia", "femur", "face")}
+    fields[name][4, 4, 4] = 0.4 if name.endswith("_mm") else -3
+    shape = (41, 41, 41)
+    drawn = classify(fields, shape)
+    assert (drawn == code).any() and np.array_equal(drawn, classify(fields, shape, boxed=False))
+
+    def short(nodes, shape):
+        box = reach(nodes, shape)
+        return box if nodes.all() else (slice(box[0].start, (box[0].start + box[0].stop) // 2), *box[1:])
+
+    with patch.object(anatomy, "reach", short):
+        assert not np.array_equal(anatomy._classify(fields, shape), drawn)
+
+
 def test_tissue_is_the_same_with_and_without_boxes(monkeypatch):
     cases = [
         (seed, shape, spacing_mm, Pose((4.0, -3.0, 2.0), (2.0, 0.0, offset_mm)))
@@ -73,18 +128,3 @@ def test_tissue_is_the_same_with_and_without_boxes(monkeypatch):
     monkeypatch.setattr(anatomy, "reach", lambda nodes, shape: WHOLE)
     for (seed, *rest), tissue in zip(cases, boxed, strict=True):
         assert np.array_equal(tissue_map(draw_knee(seed), *rest), tissue)
-
-
-def test_a_box_that_is_too_small_is_seen(monkeypatch):
-    case = (draw_knee(1), (40, 60, 60), (3.0, 1.5, 1.5))
-    right = tissue_map(*case)
-    narrow = interpolation.reach
-
-    def short(nodes, shape):
-        first, *rest = narrow(nodes, shape)
-        return (slice(first.start + 2, first.stop), *rest)
-
-    monkeypatch.setattr(
-        anatomy, "reach", lambda nodes, shape: narrow(nodes, shape) if nodes.all() else short(nodes, shape)
-    )
-    assert not np.array_equal(tissue_map(*case), right)
