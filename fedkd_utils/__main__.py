@@ -322,7 +322,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--rounds", type=int, default=3)
     sub.add_argument("--seed", type=int, default=0)
     command("glossary", _glossary, "link each term of the glossary where a notebook uses it first")
-    sub = command("bench", _bench, "measure everything side by side: steps, networks, simulation, growth, phantom")
+    sub = command(
+        "bench",
+        _bench,
+        "measure everything side by side: steps, networks, simulation, engine, growth, full-size volumes",
+    )
     sub.add_argument(
         "part", nargs="*", help="only these, or what is on request (viewer, engine ...): an unknown name lists them"
     )

@@ -8,7 +8,6 @@ import re
 
 from fedkd_utils import bench
 from fedkd_utils.bench_growth import CLIENTS, EDGES
-from fedkd_utils.engine_recorded import recorded as recorded_engine
 from fedkd_utils.networks import VNET_WIDTH, build_network, copy_state, nbytes
 from fedkd_utils.notebooks import PROJECT
 from fedkd_utils.settings import PAPER, QUICK, Settings
@@ -78,11 +77,14 @@ def test_the_table_of_clients_is_measured_and_modelled():
 
 
 def test_the_table_of_volumes_is_measured():
-    claims = []
+    claims, costs = [], []
     for edge in EDGES:
         seconds = growth(f"step of two cubes, edge {edge}, CPU s")
         memory = growth(f"step of two cubes, edge {edge}, peak memory, MB")
-        claims.append(f"| {edge} | {seconds:.3f} | {seconds / (2 * edge**3) * 1e6:.2f} | {memory:.0f} |")
+        costs.append(seconds / (2 * edge**3) * 1e6)
+        claims.append(f"| {edge} | {seconds:.3f} | {costs[-1]:.2f} | {memory:.0f} |")
+    least, most = min(costs), max(costs)
+    claims.append(f"a factor of up to {most / least:.1f}: a voxel costs {least:.2f} to {most:.2f} microseconds")
     assert not missing(claims)
 
 
@@ -117,14 +119,14 @@ def test_what_the_engine_adds_is_measured():
     job = "flower: a round of 3 clients (dual_kd): "
     inside, ours = (MEASURED[f"flower: {way} / bare loop, ratio"] for way in ("Flower in one process", "simulation"))
     real, bare = MEASURED[f"{job}Flower on real processes, CPU s"], MEASURED[f"{job}bare loop, CPU s"]
-    recorded = recorded_engine()["overhead"][-1]
-    assert recorded["way"] == "Flower on real processes" and recorded["cpu_seconds"] <= real
+    (loop,) = [one for one in FACTS["parts"]["simulation"]["lines"] if one["what"] == "our simulation / a bare loop"]
+    assert loop["met"] is False and loop["at_most"] == 1.02, "the page says that the target was missed"
     assert MEASURED["flower: weights after the last round, largest difference, "] == 0
     claims = [
-        f"takes {inside:.2f} of a bare loop's processor time with Flower in one process",
-        f"and {ours:.2f} in our simulation",
+        f"Flower takes {inside:.2f} of a bare loop's processor time, and our simulation {ours:.2f};",
+        f"gave {loop['median']:.3f} for our simulation,",
+        f"with single rounds from {loop['low']:.2f} to {loop['high']:.2f} on",
         f"{real:.0f} s of processor time instead of {bare:.0f} s, with weights that are equal in every bit",
-        f"three rounds cost no more ({recorded['cpu_seconds']:.0f} s,",
     ]
     assert not missing(claims)
 
