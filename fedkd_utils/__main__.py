@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,7 +53,9 @@ def _glossary(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.part == ["engine"]:  # an extra, with a record of its own
-        _need_engine()
+        from fedkd_utils import engine_recorded
+
+        engine_recorded.need_engine()
         from fedkd_utils import engine_bench
 
         return engine_bench.report()
@@ -74,13 +75,10 @@ def _bench(arguments: argparse.Namespace) -> None:
         print("\nNothing was written: only a whole run has its place; name one with --out.")
 
 
-def _need_engine() -> None:
-    if importlib.util.find_spec("flwr") is None:
-        raise RuntimeError('the engine is not installed: .venv/bin/python -m pip install -e ".[engine]"')
-
-
 def _hospitals(arguments: argparse.Namespace) -> None:
-    _need_engine()
+    from fedkd_utils import engine_recorded
+
+    engine_recorded.need_engine()
     from fedkd_utils import hospitals
 
     settings = replace(PROFILES[arguments.profile], rounds=arguments.rounds)

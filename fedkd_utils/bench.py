@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -16,7 +15,16 @@ from typing import Any
 
 import torch
 
-from fedkd_utils import bench_gpu, bench_growth, bench_learning, bench_steps, bench_viewer, bench_volumes, records
+from fedkd_utils import (
+    bench_gpu,
+    bench_growth,
+    bench_learning,
+    bench_steps,
+    bench_viewer,
+    bench_volumes,
+    engine_recorded,
+    records,
+)
 from fedkd_utils.device import compute_device, device_title
 from fedkd_utils.files import rounded, write_atomically
 from fedkd_utils.provenance import versions
@@ -33,7 +41,7 @@ class Part:
 
     measure: Callable[[Effort], list[Line]]
     on_request: bool = False  # it needs what is not everywhere: a GPU, a browser
-    needs: tuple[str, ...] = ()  # packages beyond those of the course
+    engine: bool = False  # it needs the engine, an extra
 
 
 def _flower(effort: Effort) -> list[Line]:
@@ -48,7 +56,7 @@ PARTS: dict[str, Part] = {
     "profile": Part(bench_steps.profile),
     "networks": Part(bench_learning.networks),
     "simulation": Part(bench_growth.simulation),
-    "flower": Part(_flower, needs=("flwr", "psutil")),
+    "flower": Part(_flower, engine=True),
     "growth": Part(bench_growth.growth),
     "reach": Part(bench_learning.reach),
     "phantom": Part(bench_volumes.phantom),
@@ -82,17 +90,15 @@ def run(
 
     Raises:
         ValueError: an unknown part; nothing is measured.
-        RuntimeError: a part is asked for by name, and what it needs is not installed; nothing is measured.
+        RuntimeError: a part is asked for by name that needs the engine, which is not installed; nothing is measured.
     """
     chosen = chosen_parts(names, parts)
-    for name in [name for name in chosen if _lacking(parts[name])]:
-        lack = (
-            f"{name}: {' and '.join(_lacking(parts[name]))} not installed. Install the engine with: make .venv/engine"
-        )
-        if names:
-            raise RuntimeError(lack)
-        say(f"left out: {lack}\nWithout it the run is not whole: it is kept only with --out.")
-        chosen.remove(name)
+    engine = [name for name in chosen if parts[name].engine]
+    if engine and names:
+        engine_recorded.need_engine()
+    if engine and not engine_recorded.installed():
+        say(f"left out: {', '.join(engine)}, for {engine_recorded.MISSING}\nThe run is kept only with --out.")
+        chosen, engine = [name for name in chosen if name not in engine], []
     threads, named = torch.get_num_threads(), os.environ.get("FEDKD_DEVICE")
     torch.set_num_threads(1)
     os.environ["FEDKD_DEVICE"] = "cpu"
@@ -100,7 +106,7 @@ def run(
         "command": command,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "effort": dataclasses.asdict(effort),
-        "versions": versions() | {one: metadata.version(one) for name in chosen for one in parts[name].needs},
+        "versions": versions() | ({"flwr": metadata.version("flwr")} if engine else {}),
         "machine": records.machine(None) | {"device": device_title(compute_device())},
         "load": _load(),
         **({"gpu": device_title(torch.device("cuda"))} if "gpu" in chosen and torch.cuda.is_available() else {}),
@@ -120,10 +126,6 @@ def run(
         else:
             os.environ["FEDKD_DEVICE"] = named
     return facts
-
-
-def _lacking(part: Part) -> list[str]:
-    return [name for name in part.needs if importlib.util.find_spec(name) is None]
 
 
 def _load() -> float | None:

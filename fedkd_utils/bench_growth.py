@@ -88,7 +88,7 @@ def simulation(effort: Effort) -> list[Line]:
         "a bare loop without validation": lambda: bare_loop(settings, sites, 0, False),
     }
     # Single rounds of some seconds scatter by a tenth where the host has other guests, and the target is 2 %.
-    seconds = in_turn(work, effort.repeats if effort.quick else 4 * effort.repeats)
+    seconds = in_turn(work, 4 * effort.repeats)
     lines = [line(f"one round of two clients: {name}", "CPU s", own) for name, own in seconds.items()]
     ratio = {name: ratios(seconds["our simulation"], own) for name, own in seconds.items()}
     lines.append(line("our simulation / a bare loop", "ratio", ratio["a bare loop"], at_most=LOOP))

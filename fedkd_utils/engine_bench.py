@@ -9,7 +9,6 @@ coarser grid with clipping, noise and masks, in one process.
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +192,9 @@ def overhead(case: Case, folder: Path, note: Callable[[str], None]) -> tuple[lis
     last: list[State] = []
     for number, (way, run) in enumerate(_ways(case).items()):
         note(way)
-        wall, cpu = time.perf_counter(), _cpu()
+        wall, cpu = time.perf_counter(), time.process_time()
         state, (down, up) = run(folder / str(number))
-        lines.append({"way": way, "cpu_seconds": _cpu() - cpu, "wall_seconds": time.perf_counter() - wall})
+        lines.append({"way": way, "cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall})
         lines[-1] |= {"bytes_down": down, "bytes_up": up}
         last.append(state)
     note(REAL)
@@ -223,7 +223,7 @@ def protection(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]
     for number, (title, (clip_norm, noise, secure)) in enumerate(PROTECTIONS.items()):
         note(title)
         settings = replace(PROTECTED, clip_norm=clip_norm, noise_multiplier=noise)
-        wall, cpu = time.perf_counter(), _cpu()
+        wall, cpu = time.perf_counter(), time.process_time()
         place = folder / f"protection {number}"
         order = Order(Job("fedavg", settings, 0, secure=secure), tuple(folders), place / "server", least=CLIENTS)
         result, report = federate(local_grid(sites, place), order)
@@ -232,7 +232,7 @@ def protection(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]
         lines.append(
             {
                 "protection": title,
-                "cpu_seconds": _cpu() - cpu,
+                "cpu_seconds": time.process_time() - cpu,
                 "wall_seconds": time.perf_counter() - wall,
                 "messages": len(report.traffic),
                 "bytes_down": report.bytes("down"),
@@ -245,12 +245,6 @@ def protection(folder: Path, note: Callable[[str], None]) -> list[dict[str, Any]
     return lines
 
 
-def _cpu() -> float:
-    """CPU seconds of this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
 def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
     """All of it, with provenance."""
     made = case(settings)
@@ -259,7 +253,7 @@ def measure(settings: Settings, note: Callable[[str], None]) -> dict[str, Any]:
         return {
             "command": COMMAND,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "versions": versions() | {"flwr": _flower()},
+            "versions": versions() | {"flwr": metadata.version("flwr")},
             "machine": machine(1),
             "numbers": NUMBERS,
             "row": ROW,
@@ -281,12 +275,6 @@ def _lesson(note: Callable[[str], None]) -> dict[str, Any]:
     note("the federation of notebook 11")
     _, sites = _hospitals(LESSON)
     return lesson(LESSON, ROW, sites, teacher.freeze(networks.build_network(LESSON, 99)))
-
-
-def _flower() -> str:
-    from importlib import metadata
-
-    return metadata.version("flwr")
 
 
 def report() -> None:

@@ -30,6 +30,20 @@ def installed() -> bool:
     return importlib.util.find_spec("flwr") is not None
 
 
+#: How the engine comes, for whoever needs it.
+MISSING = 'the engine is not installed: .venv/bin/python -m pip install -e ".[engine]"'
+
+
+def need_engine() -> None:
+    """Go on only with the engine.
+
+    Raises:
+        RuntimeError: it is not installed; says how to install it.
+    """
+    if not installed():
+        raise RuntimeError(MISSING)
+
+
 def recorded() -> dict[str, Any]:
     """The file that ``python -m fedkd_utils bench engine`` writes.
 

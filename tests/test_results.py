@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -103,3 +104,16 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     assert "cpu" in second and len(second) == 2, "the README says that a GPU computed some"
     assert "03 to 06 train four rows" in text and len(COURSE_ROWS) == 4
     assert "from the same four" in text and len(runner.LEARNING_RATES) == 4
+
+
+def test_notebook_09_says_in_how_many_seeds_claims_4_and_5_hold():
+    """Its prose counts; the ratios are in its outputs, which are executed again and compared strictly."""
+    text = (PROJECT / "notebooks" / "09_claims_and_cards.ipynb").read_text(encoding="utf-8")
+    ratios = {
+        what: [float(ratio) for ratio in re.search(rf"{what}, Dual distillation: \[([^\]]+)\]", text)[1].split(", ")]
+        for what in ("seconds", "MB")
+    }
+    assert len(ratios["seconds"]) == len(ratios["MB"]) == len(grids.SEEDS)
+    assert "less time than the best rival in every seed" in text and max(ratios["seconds"]) < 1
+    assert "Fewer bytes in four seeds of five" in text and sum(ratio < 1 for ratio in ratios["MB"]) == 4
+    assert "whether in fewer bytes is undecided" in text
