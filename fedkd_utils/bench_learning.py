@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedkd_utils import cohorts, records, runner, statistics
 from fedkd_utils.grids import SEEDS
-from fedkd_utils.methods import RIVALS
+from fedkd_utils.methods import RIVALS, ROWS
 from fedkd_utils.networks import CLASS_FREQUENCY, TappedNetwork, build_network
 from fedkd_utils.records import Record
 from fedkd_utils.seeds import seed_of, seeded
@@ -157,18 +157,24 @@ def reach(effort: Effort, folder: Path | None = None) -> list[Line]:
 
 
 def reach_lines(setting: str, runs: Mapping[str, Sequence[Record]]) -> list[Line]:
-    """The lines of one setting: each row, then against the rival; nothing where no rival has been run."""
+    """The lines of one setting: each row, then against the rival; nothing where no rival has been run.
+
+    Bytes are held against the best rival that sends any: of nothing there is no quarter.
+    """
     rivals = [row for row in RIVALS if row in runs]
-    if not rivals:
-        return []
-    rival = statistics.best_rival(runs, rivals)
-    dice = statistics.final_dice(runs[rival])
-    table = statistics.reach_table(runs, dice).set_index("row")
-    lines = [line(f"{setting}: final validation Dice of {rival}, the best rival", "Dice", [dice])]
-    for what, unit, goal in (("seconds", "CPU s", TIME), ("mb", "MB", BYTES)):
+    lines = []
+    for what, unit, goal, able, title in (
+        ("seconds", "CPU s", TIME, rivals, "the best rival"),
+        ("mb", "MB", BYTES, [row for row in rivals if ROWS[row].federated], "the best rival that sends anything"),
+    ):
+        if not able:
+            continue
+        rival = statistics.best_rival(runs, able)
+        dice = statistics.final_dice(runs[rival])
+        table = statistics.reach_table(runs, dice).set_index("row")
+        lines.append(line(f"{setting}: final validation Dice of {rival}, {title}", "Dice", [dice]))
         for row in table.index:
-            count = int(table.loc[row, "runs"])
-            own = float(table.loc[row, what])
+            own, count = float(table.loc[row, what]), int(table.loc[row, "runs"])
             lines.append(Line(f"{setting}: {row} reaches it after", unit, own, own, own, count))
         for row in table.index.drop(rival):
             ratios = statistics.reach_ratios(runs[row], runs[rival], what)

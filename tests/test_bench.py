@@ -379,10 +379,29 @@ def test_reach_compares_with_the_best_rival():
     assert bench_learning.reach_lines("here", {"dual_kd": runs["dual_kd"]}) == []
 
 
+def test_bytes_are_held_against_the_best_rival_that_sends_any():
+    """A hospital alone may be the best rival, and nothing is a quarter of its bytes."""
+    runs = {
+        "local_uamt": [Run("local_uamt", [0.7, 0.8], 4.0, 0)],
+        "uamt": [Run("uamt", [0.5, 0.6], 4.0, 10_000_000)],  # 0.6 after 20 MB
+        "dual_kd": [Run("dual_kd", [0.7, 0.8], 2.0, 5_000_000)],  # 0.6 after 5 MB, 0.8 after 4 s
+    }
+    found = {one.what: one for one in bench_learning.reach_lines("here", runs)}
+    assert found["here: final validation Dice of local_uamt, the best rival"].median == pytest.approx(0.8)
+    assert found["here: final validation Dice of uamt, the best rival that sends anything"].median == pytest.approx(0.6)
+    assert found["here: dual_kd / local_uamt, CPU s"].median == pytest.approx(0.5)
+    assert found["here: dual_kd / uamt, MB"].median == pytest.approx(0.25) and found["here: dual_kd / uamt, MB"].met
+    assert "here: dual_kd / local_uamt, MB" not in found
+    alone = {row: runs[row] for row in ("local_uamt", "dual_kd")}
+    assert not any(one.unit == "MB" or one.what.endswith("MB") for one in bench_learning.reach_lines("here", alone))
+
+
 def test_reach_reads_the_committed_results():
     lines = bench_learning.reach(ONE)
     assert {one.what.split(":")[0] for one in lines} == {"paper_like", "heterogeneous"}
     assert any(one.what.endswith("the best rival") and 0 < one.median < 1 for one in lines)
+    recorded = json.loads(bench.FILE.read_bytes())["parts"]["reach"]["lines"]
+    assert [bench._packed(one) for one in lines] == recorded, "other results than those of the run: `make bench` again"
 
 
 def test_the_readme_says_how_long_a_volume_of_full_size_takes() -> None:

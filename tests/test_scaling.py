@@ -10,7 +10,7 @@ from fedkd_utils import bench
 from fedkd_utils.bench_growth import CLIENTS, EDGES
 from fedkd_utils.networks import VNET_WIDTH, build_network, copy_state, nbytes
 from fedkd_utils.notebooks import PROJECT
-from fedkd_utils.settings import PAPER, QUICK, Settings
+from fedkd_utils.settings import PAPER, QUICK, SETTINGS_OF_CLIENTS, Settings
 
 PAGE = " ".join((PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8").split())
 FACTS = json.loads(bench.FILE.read_bytes())
@@ -120,15 +120,80 @@ def test_what_the_engine_adds_is_measured():
     inside, ours = (MEASURED[f"flower: {way} / bare loop, ratio"] for way in ("Flower in one process", "simulation"))
     real, bare = MEASURED[f"{job}Flower on real processes, CPU s"], MEASURED[f"{job}bare loop, CPU s"]
     (loop,) = [one for one in FACTS["parts"]["simulation"]["lines"] if one["what"] == "our simulation / a bare loop"]
-    assert loop["met"] is False and loop["at_most"] == 1.02, "the page says that the target was missed"
     assert MEASURED["flower: weights after the last round, largest difference, "] == 0
     claims = [
         f"Flower takes {inside:.2f} of a bare loop's processor time, and our simulation {ours:.2f};",
-        f"gave {loop['median']:.3f} for our simulation,",
-        f"with single rounds from {loop['low']:.2f} to {loop['high']:.2f} on",
+        f"gives {loop['median']:.3f} for our simulation,",
+        f"with single rounds from {loop['low']:.2f} to {loop['high']:.2f}:",
         f"{real:.0f} s of processor time instead of {bare:.0f} s, with weights that are equal in every bit",
     ]
     assert not missing(claims)
+
+
+FULL_SIZE = "160 x 384 x 384 voxels"
+
+#: What the page calls each measured line that has a target, in the order of a run.
+TARGETS = {
+    "steps: dual distillation / supervised, 4 volumes": "a dual-distillation step, of a supervised one",
+    "steps: dual distillation, not augmented / supervised, 4 volumes, not augmented": "the same, not augmented",
+    "profile: share of a step: data": "data, share of a step",
+    "simulation: our simulation / a bare loop": "our simulation, of a bare loop (FedAvg, two clients)",
+    "simulation: two clients in turn / side by side": "two clients side by side, times as fast as in turn",
+    "simulation: weights in turn and side by side, largest difference": "their weights, largest difference",
+    "flower: simulation / bare loop": "our simulation, of a bare loop (dual distillation, three clients)",
+    "flower: weights after the last round, largest difference": "weights on Flower, largest difference",
+    "growth: one more client, memory beyond its volumes": "memory of one more client beyond its volumes, MB",
+    **{
+        f"reach: {setting}: {row} / {rival}, {unit}": f"{cost} to the best rival's Dice ({where}, {title})"
+        for unit, cost, rivals in (
+            ("CPU s", "time", ("mean_teacher", "local_uamt")),
+            ("MB", "bytes", ("mean_teacher", "mean_teacher")),
+        )
+        for setting, where, rival in zip(SETTINGS_OF_CLIENTS, ("near", "far"), rivals, strict=True)
+        for row, title in (
+            ("dual_kd", "dual distillation"),
+            ("combined_kd", "*all of ours*"),
+            ("chosen_finetune", "*chosen*"),
+        )
+    },
+    **{
+        f"phantom: a knee through {contrast}": f"a made knee, {contrast.replace('_', ' ')}, CPU s"
+        for contrast in ("repository_dess", "pd_fs", "t1", "t2_fs", "gre")
+    },
+    **{
+        f"inference: segment {FULL_SIZE}, {network} network, {what}": f"{FULL_SIZE}, {network} network, {unit}"
+        for network in ("course's", "paper's")
+        for what, unit in (("2 threads", "s"), ("peak memory", "MB"))
+    },
+}
+
+
+def lines_of_targets() -> dict[str, str]:
+    """The page's lines, by the name of what was measured: target, median, spread, verdict."""
+    found = {}
+    for part, facts in FACTS["parts"].items():
+        for one in facts["lines"]:
+            if "met" not in one:
+                continue
+            name = f"{part}: {one['what']}"
+            goal = f"at most {one['at_most']:g}" if "at_most" in one else f"at least {one['at_least']:g}"
+            median, low, high = (number(one[key]) for key in ("median", "low", "high"))
+            spread = f"{low} to {high}" if one["repeats"] > 1 and low != high else ""
+            verdict = "met" if one["met"] else "**missed**"
+            found[name] = f"| {TARGETS.get(name, name)}: {goal} | {median} | {spread} | {verdict} |".replace("  ", " ")
+    return found
+
+
+def number(value: float | None) -> str:
+    return (
+        "never" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value < 1 else f"{value:.2f}"
+    )
+
+
+def test_every_target_is_on_the_page_with_what_the_run_says_of_it():
+    found = lines_of_targets()
+    assert found.keys() == TARGETS.keys()
+    assert not missing(list(found.values()))
 
 
 def test_a_number_that_is_not_on_the_page_is_found():
