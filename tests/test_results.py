@@ -94,12 +94,13 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     plain = {seed: {(r.row, r.setting) for r in found if r.seed == seed and not r.label} for seed in grids.SEEDS}
     whole = [seed for seed in grids.SEEDS if plain[seed] == set(itertools.product(ROWS, grids.BOTH))]
     assert whole == [0, 1, 2, 3, 4], "the README says that there are five seeds of every row"
-    ablations = grids.grid("all", PROFILES["reference"], [0])
-    assert {point.name for point in ablations} <= {path.stem for path in names}
-    assert "five seeds of every row, and one of every ablation" in text
-    assert text.count("over 5 seeds, most ablations so far over 1") == 1
-    assert text.count("乱数シード5つ、アブレーションの多くは今のところ1つ") == 1
-    assert "over **five seeds**, most ablations so far over **one**" in text
+    here = {path.stem for path in names}
+    points = {seed: {point.name for point in grids.grid("all", PROFILES["reference"], [seed])} for seed in grids.SEEDS}
+    assert [seed for seed in grids.SEEDS if points[seed] <= here] == [0, 1], "the README says: two seeds of ablations"
+    assert "five seeds of every row, and two of every ablation" in text
+    assert text.count("over 5 seeds, ablations so far over 2") == 1
+    assert text.count("乱数シード5つ、アブレーションは今のところ2つ") == 1
+    assert "over **five seeds**, ablations so far over **two**" in text
     second = {record.machine["device"] for record in found if record.seed == 1}
     assert "cpu" in second and len(second) == 2, "the README says that a GPU computed some"
     assert "03 to 06 train four rows" in text and len(COURSE_ROWS) == 4
