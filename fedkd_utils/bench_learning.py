@@ -29,8 +29,8 @@ RATES = (3e-3, 1e-2)
 
 #: Our targets: the best rival's final Dice in at most half its time and a quarter of its bytes.
 TIME, BYTES = 0.5, 0.25
-#: The rows that are to do so: the paper's method, all of our ideas about it in one row, and the best one far of those
-#: that need not know the hospitals' sequences.
+#: The rows that are to do so: the paper's method, all of our ideas about it in one row, and the row of ours that is
+#: near the top in both settings without knowing the hospitals' sequences.
 AIMED = (runner.REFERENCE_ROW, "combined_kd", "chosen_finetune")
 
 
