@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedkd_utils import transforms
-from fedkd_utils.clients import client_update, signals_for
+from fedkd_utils.clients import client_update, signals_for, steps_per_round
 from fedkd_utils.methods import ROWS, Method
 from fedkd_utils.networks import TappedNetwork, build_network, build_student, copy_state
 from fedkd_utils.objectives import Batch, dual_distillation, supervised
 from fedkd_utils.seeds import generator_of, seed_of
-from fedkd_utils.settings import CARTILAGES, QUICK, Settings
+from fedkd_utils.settings import CARTILAGES, QUICK, REFERENCE, Settings
 from fedkd_utils.teacher import freeze, teacher_signals
 from fedkd_utils.timing import Effort, Line, in_turn, line, ratios
 from fedkd_utils.training import adamw
@@ -173,8 +173,8 @@ class _Convolutions(TorchDispatchMode):
 def profile(effort: Effort) -> list[Line]:
     """The shares of a dual-distillation step, and the convolutions' GFLOP/s against a large product of matrices.
 
-    What the teacher says is asked once a run; its share is that of the steps of a run (quick profile). Shares are of
-    CPU time, and what is left over is the update's own: building the student, copying its state, indexing.
+    What the teacher says is asked once a run; its share is that of the steps of a run of the reference profile. Shares
+    are of CPU time, and what is left over is the update's own: building the student, copying its state, indexing.
     """
     count = 2 if effort.quick else 5
     settings = replace(QUICK, local_epochs=1, steps_per_epoch=count)
@@ -182,7 +182,7 @@ def profile(effort: Effort) -> list[Line]:
     teacher, state = freeze(build_network(settings, 1)), copy_state(build_student(settings, 0))
     start = time.thread_time()
     signals = signals_for(teacher, site, settings, 0)
-    looking = (time.thread_time() - start) / (QUICK.rounds * QUICK.local_epochs * QUICK.steps_per_epoch)
+    looking = (time.thread_time() - start) / (REFERENCE.rounds * steps_per_round(REFERENCE))
     shares: dict[str, list[float]] = {}
     for repeat in range(effort.repeats + 1):
         stamps = _Stamps()

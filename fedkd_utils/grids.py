@@ -183,7 +183,7 @@ def _live(profile: Settings) -> list[Point]:
 
 def _project(profile: Settings) -> list[Point]:
     """What the final project is scored against, near: rows as they are, and rows with less to send."""
-    fewer: Changes = (("rounds", profile.rounds // 3), ("local_epochs", 3 * profile.local_epochs))
+    fewer: Changes = (("rounds", profile.rounds // 2), ("local_epochs", 2 * profile.local_epochs))
     whole = ["local_only", "fedavg", "dual_kd", "finetune", "finetune_local", "small_fedavg", "small_kd", "pooled"]
     return (
         _points(whole)

@@ -27,14 +27,15 @@ from fedkd_utils.rules import code_cells, problems, stamp
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
 
-#: What is executed beside a notebook that trains on one core only: they need no more than its cohort and its teacher.
+#: What another process executes from the start of a notebook on: it needs no more than what was made before that.
 BESIDE = {
+    "00_start_here.ipynb": ("01_knee_volumes.ipynb",),
     "02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb"),
     "03_few_labels.ipynb": (
+        "12_final_project.ipynb",
         "07_baselines_and_ablations.ipynb",
         "09_claims_and_cards.ipynb",
         "11_real_hospitals.ipynb",
-        "12_final_project.ipynb",
     ),
 }
 
@@ -163,7 +164,8 @@ class _Progress:
 def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path:
     """Execute copies of the notebooks, write them as HTML under `out`, return the first page.
 
-    In order, but for those of :data:`BESIDE`, which another process executes meanwhile.
+    In order, but for those of :data:`BESIDE`: another process executes them meanwhile, on what time the cores have
+    left, so that those in front wait for nothing.
     """
     folder, out = Path(folder), Path(out)
     paths = notebooks_in(folder)
@@ -171,9 +173,10 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
     progress = _Progress(len(paths))
     begun: dict[str, Future[NotebookNode]] = {}
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    waited = {name for front in copies.keys() & BESIDE.keys() for name in BESIDE[front]}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_give_way) as pool:
         try:
-            for path in paths:
+            for path in sorted(paths, key=lambda path: path.name in waited):
                 for name in BESIDE.get(path.name, ()):
                     if name in copies:
                         begun[name] = pool.submit(execute_notebook, folder / name, copies[name], folder=folder)
@@ -195,6 +198,12 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
                 process.terminate()  # the notebook beside the one that failed; its kernel follows
             raise
     return pages.build(list(copies.values()), out, folder, "Every notebook was executed on this machine just before.")
+
+
+def _give_way() -> None:
+    """Let processes in front have the cores first, where the system knows such an order."""
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list[Path]:

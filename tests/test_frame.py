@@ -15,7 +15,7 @@ import pytest
 
 from fedkd_utils import notebooks, rules
 from fedkd_utils.__main__ import _parser
-from fedkd_utils.settings import QUICK, SETTINGS_OF_CLIENTS
+from fedkd_utils.settings import QUICK, REFERENCE, SETTINGS_OF_CLIENTS
 
 PROJECT = Path(__file__).resolve().parent.parent
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([A-Za-z0-9_.+!-]+)$")
@@ -266,7 +266,8 @@ def test_the_numbers_of_the_summaries_are_those_of_the_course():
         (f"{QUICK.client_labelled} labelled and {QUICK.client_unlabelled} unlabelled knees",)
         + (f"ラベル付き{QUICK.client_labelled}膝とラベルなし{QUICK.client_unlabelled}膝",),
         (f"{QUICK.repository_training} labelled knees", f"ラベル付き{QUICK.repository_training}膝"),
-        (f"{QUICK.rounds} rounds", f"{QUICK.rounds}ラウンド"),
+        (f"{REFERENCE.rounds} rounds", f"{REFERENCE.rounds}ラウンド"),
+        (f"({QUICK.rounds} in the notebooks)", f"ノートブックの中では{QUICK.rounds}ラウンド"),
         (f"{len(SETTINGS_OF_CLIENTS)} settings", f"実験設定は{len(SETTINGS_OF_CLIENTS)}通り"),
         ("2 CPU cores", "CPU 2コア"),
     ]

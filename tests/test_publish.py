@@ -182,10 +182,14 @@ def test_a_notebook_beside_another_is_executed_once_and_its_error_is_told(tmp_pa
         waits.format("if pathlib.Path('beside.txt').exists(): break"),
         "open('beside.txt').read()",
     )
-    write(folder / "01_b.ipynb", "open('beside.txt').read()")
-    write(folder / "02_c.ipynb", "open('beside.txt', 'a').write('once')")
+    write(folder / "01_b.ipynb", "open('beside.txt').read()", "import os\nopen('nice.txt', 'w').write(str(os.nice(0)))")
+    write(
+        folder / "02_c.ipynb",
+        "import os\nopen('nice_c.txt', 'w').write(str(os.nice(0)))\nopen('beside.txt', 'a').write('once')",
+    )
     index = publish.run_course(folder, tmp_path / "build" / "course")  # the first waits for what the last writes
     assert (folder / "beside.txt").read_text() == "once" and (index.parent / "02_c.html").is_file()
+    assert int((folder / "nice_c.txt").read_text()) > int((folder / "nice.txt").read_text())
     write(folder / "02_c.ipynb", "1 / 0")
     with pytest.raises(RuntimeError, match="02_c.ipynb, code cell 1 of 1 failed"):
         publish.run_course(folder, tmp_path / "build" / "course")
