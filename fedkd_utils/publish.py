@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -69,7 +70,7 @@ def execute_notebook(
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", KERNEL_ENVIRONMENT["JUPYTER_PREFER_ENV_PATH"])
 
     def run() -> None:
-        client = NotebookClient(
+        client: Any = NotebookClient(
             nb,
             kernel_name="python3",
             timeout=timeout_s,
@@ -77,6 +78,7 @@ def execute_notebook(
             extra_arguments=["--log-level=ERROR"],
             record_timing=False,
             coalesce_streams=True,
+            on_notebook_start=lambda notebook: _pass_on_niceness(client.km.provisioner.pid),
             on_cell_execute=starts,
             resources={"metadata": {"path": str(Path(folder) if folder else path.parent)}},
         )
@@ -204,6 +206,14 @@ def _give_way() -> None:
     """Let processes in front have the cores first, where the system knows such an order."""
     if hasattr(os, "nice"):
         os.nice(10)
+
+
+def _pass_on_niceness(kernel: int) -> None:
+    """Give the session of a kernel the niceness of this process: Linux weighs sessions before it weighs processes."""
+    group = Path(f"/proc/{kernel}/autogroup")
+    if hasattr(os, "nice") and os.nice(0) > 0 and group.exists():
+        with contextlib.suppress(OSError):
+            group.write_text(str(os.nice(0)), encoding="ascii")
 
 
 def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list[Path]:
