@@ -24,7 +24,7 @@ from fedkd_utils.timing import Effort, Line, line
 from fedkd_utils.training import grid_dice, mean_dice, train_supervised
 from fedkd_utils.transforms import Case, SiteData, load_site
 
-#: Every network is trained with each, and counts with the better one on validation, over some seeds.
+#: The first seed is trained with each rate; the one that is better on validation serves all seeds.
 RATES, NETWORK_SEEDS = (3e-3, 1e-2), 3
 
 #: Our targets: the best rival's final Dice in at most half its time and a quarter of its bytes.

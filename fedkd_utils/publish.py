@@ -28,7 +28,8 @@ from fedkd_utils.rules import code_cells, problems, stamp
 #: Digits of a training depend on the number of threads: the Makefile and tests/conftest.py say the same.
 KERNEL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JUPYTER_PREFER_ENV_PATH": "1"}
 
-#: What another process executes from the start of a notebook on: it needs no more than what was made before that.
+#: What another process executes from the start of a notebook on: it needs nothing that is trained in front later on. A
+#: cohort that both need is made by whoever comes first.
 BESIDE = {
     "00_start_here.ipynb": ("01_knee_volumes.ipynb",),
     "02_teacher.ipynb": ("10_your_own_data.ipynb", "08_communication_and_privacy.ipynb"),
@@ -167,7 +168,7 @@ def run_course(folder: Path | str = NOTEBOOKS, out: Path | str = COURSE) -> Path
     """Execute copies of the notebooks, write them as HTML under `out`, return the first page.
 
     In order, but for those of :data:`BESIDE`: another process executes them meanwhile, on what time the cores have
-    left, so that those in front wait for nothing.
+    left, so that those in front lose little. They are reported last.
     """
     folder, out = Path(folder), Path(out)
     paths = notebooks_in(folder)

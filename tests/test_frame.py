@@ -267,7 +267,7 @@ def test_the_numbers_of_the_summaries_are_those_of_the_course():
         + (f"ラベル付き{QUICK.client_labelled}膝とラベルなし{QUICK.client_unlabelled}膝",),
         (f"{QUICK.repository_training} labelled knees", f"ラベル付き{QUICK.repository_training}膝"),
         (f"{REFERENCE.rounds} rounds", f"{REFERENCE.rounds}ラウンド"),
-        (f"({QUICK.rounds} in the notebooks)", f"ノートブックの中では{QUICK.rounds}ラウンド"),
+        (f"({QUICK.rounds} where notebooks 03 to 06 train)", f"（ノートブック03〜06の学習では{QUICK.rounds}ラウンド）"),
         (f"{len(SETTINGS_OF_CLIENTS)} settings", f"実験設定は{len(SETTINGS_OF_CLIENTS)}通り"),
         ("2 CPU cores", "CPU 2コア"),
     ]
