@@ -105,23 +105,16 @@ def networks(effort: Effort) -> list[Line]:
     """
     data = load_site(cohorts.make_repository(QUICK, QUICK.teacher_contrast), QUICK)
     lines = []
-    for name in networks_by_name():
-        network = networks_by_name()[name]()
+    for name, make in networks_by_name().items():
+        network = make()
         size = sum(parameter.numel() for parameter in network.parameters())
         _trained(network, data, 2, RATES[0])
         step = _trained(network, data, 4, RATES[0])[0] / 4
         steps = max(round(effort.training / step), 5)
-
-        def dice_of(
-            seed: int, rate: float, name: str = name, steps: int = steps
-        ) -> tuple[float, np.ndarray]:  # of validation; of the test volumes by class
-            network = networks_by_name(seed)[name]()
-            _, chosen = _trained(network, data, steps, rate, data.validation, seed)
-            return chosen, grid_dice(network, data.test)
-
-        tried = {rate: dice_of(0, rate) for rate in (RATES[-1:] if effort.quick else RATES)}
+        tried = {rate: _scores(name, data, steps, rate, 0) for rate in (RATES[-1:] if effort.quick else RATES)}
         rate = max(tried, key=lambda rate: tried[rate][0])
-        dice = [tried[rate][1], *(dice_of(seed, rate)[1] for seed in range(1, 1 if effort.quick else NETWORK_SEEDS))]
+        others = range(1, 1 if effort.quick else NETWORK_SEEDS)
+        dice = [tried[rate][1], *(_scores(name, data, steps, rate, seed)[1] for seed in others)]
         lines += [
             line(f"{name}: Dice after {effort.training:g} CPU s", "Dice", [mean_dice(one) for one in dice]),
             line(f"{name}: the thinnest, {CLASS_NAMES[3]}", "Dice", [mean_dice(one[:, 2:]) for one in dice]),
@@ -129,6 +122,13 @@ def networks(effort: Effort) -> list[Line]:
             line(f"{name}: parameters", "thousand", [size / 1000]),
         ]
     return lines
+
+
+def _scores(name: str, data: SiteData, steps: int, rate: float, seed: int) -> tuple[float, np.ndarray]:
+    """Train a network anew; its best Dice on validation, and the Dice of the test volumes by class."""
+    network = networks_by_name(seed)[name]()
+    _, chosen = _trained(network, data, steps, rate, data.validation, seed)
+    return chosen, grid_dice(network, data.test)
 
 
 def _trained(

@@ -211,10 +211,9 @@ def _give_way() -> None:
 
 def _pass_on_niceness(kernel: int) -> None:
     """Give the session of a kernel the niceness of this process: Linux weighs sessions before it weighs processes."""
-    group = Path(f"/proc/{kernel}/autogroup")
-    if hasattr(os, "nice") and os.nice(0) > 0 and group.exists():
-        with contextlib.suppress(OSError):
-            group.write_text(str(os.nice(0)), encoding="ascii")
+    if hasattr(os, "nice") and os.nice(0) > 0:
+        with contextlib.suppress(OSError):  # not Linux, or not allowed
+            Path(f"/proc/{kernel}/autogroup").write_text(str(os.nice(0)), encoding="ascii")
 
 
 def stamp_all(folder: Path | str = NOTEBOOKS, names: Sequence[str] = ()) -> list[Path]:
