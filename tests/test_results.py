@@ -10,7 +10,7 @@ import re
 import numpy as np
 import pytest
 
-from fedkd_utils import grids, records, runner
+from fedkd_utils import grids, records, runner, statistics
 from fedkd_utils.methods import COURSE_ROWS, ROWS
 from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import PROFILES, PROJECT
@@ -123,11 +123,30 @@ def test_notebook_07_says_in_which_seeds_its_ablations_agree():
             dice(f"{row}-heterogeneous{what}", ("client_1", "client_2")) for what in ("-clients_2", "", "-clients_8")
         ]
         assert (first[2] > first[0]).all() and (first[1] > first[0]).sum() == 2  # "from four in two of the three"
+    for what in ("response_weight_0.2+feature_weight_0.0078125+mask_classes_2", "feature_weight_10.0"):
+        gain = dice(f"dual_kd-paper_like-{what}", seeds=4) - dice("fedavg-paper_like", seeds=4)
+        assert gain.mean() < 0.002  # "gains nothing over FedAvg", "nothing either"
     gain = dice("dual_kd-paper_like-teacher_steps_100") - dice("fedavg-paper_like")
     assert gain.max() < 0.005 and gain.min() < -0.01  # "ends where FedAvg does, or below"
     text = (PROJECT / "notebooks" / "07_baselines_and_ablations.ipynb").read_text(encoding="utf-8")
     for words in ("in one of the four seeds a single", "from four in two of the three", "FedAvg does, or below"):
         assert words in text
+
+
+def test_notebook_07_says_which_interval_is_the_odd_one():
+    """Its figures of masks and of normalisation count the intervals that hold zero; its prose names the one."""
+
+    def effect(row: str, setting: str, change: str) -> statistics.Interval:
+        runs = [
+            [records.read_record(RESULTS / "reference" / f"{row}-{setting}{what}-seed{seed}.json") for seed in range(3)]
+            for what in (f"-{change}", "")
+        ]
+        return statistics.difference(*runs)
+
+    stricter = effect("strong_kd", "heterogeneous", "mask_classes_2")
+    assert stricter.high < 0 and 0.005 < -stricter.mean < 0.015  # "costs about a hundredth"
+    plain, distilled = (effect(row, "paper_like", "normalisation_batch") for row in ("fedavg", "dual_kd"))
+    assert plain.high < 0 < distilled.high and 0.005 < -plain.mean < 0.015
 
 
 def test_notebook_09_says_in_how_many_seeds_claims_4_and_5_hold():
