@@ -97,11 +97,11 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     assert whole == [0, 1, 2, 3, 4], "the README says that there are five seeds of every row"
     here = {path.stem for path in names}
     points = {seed: {point.name for point in grids.grid("all", PROFILES["reference"], [seed])} for seed in grids.SEEDS}
-    assert [seed for seed in grids.SEEDS if points[seed] <= here] == [0, 1, 2], "as the README says"
-    assert "five seeds of every row, and three of every ablation" in text
-    assert text.count("over 5 seeds, ablations so far over 3") == 1
-    assert text.count("乱数シード5つ、アブレーションは今のところ3つ") == 1
-    assert "over **five seeds**, ablations so far over **three**" in text
+    assert [seed for seed in grids.SEEDS if points[seed] <= here] == [0, 1, 2, 3], "as the README says"
+    assert "five seeds of every row, and four of every ablation" in text
+    assert text.count("over 5 seeds, ablations so far over 4") == 1
+    assert text.count("乱数シード5つ、アブレーションは今のところ4つ") == 1
+    assert "over **five seeds**, ablations so far over **four**" in text
     second = {record.machine["device"] for record in found if record.seed == 1}
     assert "cpu" in second and len(second) == 2, "the README says that a GPU computed some"
     assert "03 to 06 train four rows" in text and len(COURSE_ROWS) == 4
@@ -111,42 +111,43 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
 def test_notebook_07_says_in_which_seeds_its_ablations_agree():
     """Its figures show means over seeds; its prose says where seeds differ."""
 
-    def dice(name: str, clients: tuple[str, ...] = (), seeds: int = 3) -> np.ndarray:
+    def dice(name: str, clients: tuple[str, ...] = (), seeds: int = 4) -> np.ndarray:
         runs = [records.read_record(RESULTS / "reference" / f"{name}-seed{seed}.json") for seed in range(seeds)]
         frames = [run.test_frame().query("components == 'all'") for run in runs]
         return np.array([f[f["client"].isin(clients) | (not clients)]["dice"].mean() for f in frames])
 
-    one, two = (dice(f"fedavg-paper_like-client_labelled_{count}", seeds=4) for count in (1, 2))
+    one, two = (dice(f"fedavg-paper_like-client_labelled_{count}") for count in (1, 2))
     assert ((two - one) < 0.005).sum() == 1  # "in one of the four seeds a single one did as well"
     for row in ("fedavg", "dual_kd"):
         first = [
             dice(f"{row}-heterogeneous{what}", ("client_1", "client_2")) for what in ("-clients_2", "", "-clients_8")
         ]
-        assert (first[2] > first[0]).all() and (first[1] > first[0]).sum() == 2  # "from four in two of the three"
+        assert (first[2] > first[0]).all() and (first[1] > first[0]).sum() == 3  # "from four in three of the four"
     for what in ("response_weight_0.2+feature_weight_0.0078125+mask_classes_2", "feature_weight_10.0"):
-        gain = dice(f"dual_kd-paper_like-{what}", seeds=4) - dice("fedavg-paper_like", seeds=4)
+        gain = dice(f"dual_kd-paper_like-{what}") - dice("fedavg-paper_like")
         assert gain.mean() < 0.002  # "gains nothing over FedAvg", "nothing either"
     gain = dice("dual_kd-paper_like-teacher_steps_100") - dice("fedavg-paper_like")
     assert gain.max() < 0.005 and gain.min() < -0.01  # "ends where FedAvg does, or below"
     text = (PROJECT / "notebooks" / "07_baselines_and_ablations.ipynb").read_text(encoding="utf-8")
-    for words in ("in one of the four seeds a single", "from four in two of the three", "FedAvg does, or below"):
+    for words in ("in one of the four seeds a single", "from four in three of the four", "FedAvg does, or below"):
         assert words in text
 
 
 def test_notebook_07_says_which_interval_is_the_odd_one():
-    """Its figures of masks and of normalisation count the intervals that hold zero; its prose names the one."""
+    """Its figures of masks and of normalisation count the intervals that hold zero; its prose names the others."""
 
     def effect(row: str, setting: str, change: str) -> statistics.Interval:
         runs = [
-            [records.read_record(RESULTS / "reference" / f"{row}-{setting}{what}-seed{seed}.json") for seed in range(3)]
+            [records.read_record(RESULTS / "reference" / f"{row}-{setting}{what}-seed{seed}.json") for seed in range(4)]
             for what in (f"-{change}", "")
         ]
         return statistics.difference(*runs)
 
     stricter = effect("strong_kd", "heterogeneous", "mask_classes_2")
-    assert stricter.high < 0 and 0.005 < -stricter.mean < 0.015  # "costs about a hundredth"
+    assert stricter.high < 0 and 0.01 < -stricter.mean < 0.02  # "costs more than a hundredth"
     plain, distilled = (effect(row, "paper_like", "normalisation_batch") for row in ("fedavg", "dual_kd"))
-    assert plain.high < 0 < distilled.high and 0.005 < -plain.mean < 0.015
+    assert max(plain.high, distilled.high) < 0  # "with distillation as without"
+    assert 0.005 < -max(plain.mean, distilled.mean) and -min(plain.mean, distilled.mean) < 0.015
 
 
 def test_notebook_09_says_in_how_many_seeds_claims_4_and_5_hold():
