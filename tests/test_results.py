@@ -108,14 +108,18 @@ def test_the_readme_says_how_many_seeds_rows_and_rates_there_are():
     assert "from the same four" in text and len(runner.LEARNING_RATES) == 4
 
 
+def runs_of(name: str, seeds: int) -> list[records.Record]:
+    return [records.read_record(RESULTS / "reference" / f"{name}-seed{seed}.json") for seed in range(seeds)]
+
+
+def dice(name: str, clients: tuple[str, ...] = (), seeds: int = 5) -> np.ndarray:
+    """Mean test Dice of each seed, of some clients or of all."""
+    frames = [run.test_frame().query("components == 'all'") for run in runs_of(name, seeds)]
+    return np.array([f[f["client"].isin(clients) | (not clients)]["dice"].mean() for f in frames])
+
+
 def test_notebook_07_says_in_which_seeds_its_ablations_agree():
     """Its figures show means over seeds; its prose says where seeds differ."""
-
-    def dice(name: str, clients: tuple[str, ...] = (), seeds: int = 5) -> np.ndarray:
-        runs = [records.read_record(RESULTS / "reference" / f"{name}-seed{seed}.json") for seed in range(seeds)]
-        frames = [run.test_frame().query("components == 'all'") for run in runs]
-        return np.array([f[f["client"].isin(clients) | (not clients)]["dice"].mean() for f in frames])
-
     one, two = (dice(f"fedavg-paper_like-client_labelled_{count}") for count in (1, 2))
     assert ((two - one) < 0.005).sum() == 1  # "in one of the five seeds a single one did as well"
     for row in ("fedavg", "dual_kd"):
@@ -133,15 +137,34 @@ def test_notebook_07_says_in_which_seeds_its_ablations_agree():
         assert words in text
 
 
+def test_notebook_07_says_what_its_lines_of_labels_knees_and_hospitals_show():
+    rows = ("fedavg", "finetune", "dual_kd", "combined_kd")
+    labelled = {
+        row: np.array([dice(f"{row}-paper_like-client_labelled_{count}").mean() for count in (1, 2, 4, 8)])
+        for row in rows
+    }
+    profit = {row: line[-1] - line[0] for row, line in labelled.items()}
+    assert max(profit, key=lambda row: profit[row]) == "fedavg"  # "FedAvg profits most"
+    assert all(np.ptp(line[1:]) < 0.005 for line in labelled.values())  # "after that all lines are nearly flat"
+    ahead = labelled["dual_kd"] - labelled["fedavg"]
+    assert (ahead > 0).all() and ahead.argmax() == 0  # "ahead of FedAvg ... everywhere, most with a single label"
+    assert labelled["finetune"][0] > max(labelled[row][-1] for row in rows if row != "finetune")
+    for row in ("fedsemi", "dual_kd", "strong_kd"):  # "the lines of the unlabelled knees are flat"
+        line = [dice(f"{row}-paper_like-client_unlabelled_{count}").mean() for count in (4, 8, 16, 32)]
+        assert np.ptp(line) < 0.005
+    for row, setting in itertools.product(("fedavg", "dual_kd"), grids.BOTH):  # "more hospitals help in all four lines"
+        names = [f"{row}-{setting}{what}" for what in ("-clients_2", "", "-clients_8")]
+        assert (np.diff([dice(name, ("client_1", "client_2")).mean() for name in names]) > 0).all()
+    changes = ("hand_over_0.1_after_4", "hand_over_1.0_after_4", "release")
+    cost = [(dice("dual_kd-paper_like") - dice(f"dual_kd-paper_like-{change}")).mean() for change in changes]
+    assert min(cost) > 0 and max(cost) == cost[-1]  # "every change costs a little, the erased teacher most"
+
+
 def test_notebook_07_says_which_interval_is_the_odd_one():
     """Its figures of masks and of normalisation count the intervals that hold zero; its prose names the others."""
 
     def effect(row: str, setting: str, change: str) -> statistics.Interval:
-        runs = [
-            [records.read_record(RESULTS / "reference" / f"{row}-{setting}{what}-seed{seed}.json") for seed in range(4)]
-            for what in (f"-{change}", "")
-        ]
-        return statistics.difference(*runs)
+        return statistics.difference(*(runs_of(f"{row}-{setting}{what}", seeds=4) for what in (f"-{change}", "")))
 
     stricter = effect("strong_kd", "heterogeneous", "mask_classes_2")
     assert stricter.high < 0 and 0.01 < -stricter.mean < 0.02  # "costs more than a hundredth"
