@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from fedkd_utils.methods import ROWS
+
 #: Resamples behind an interval: its ends move by less than a hundredth of its width from one draw to another.
 RESAMPLES = 10_000
 
@@ -182,6 +184,7 @@ def mean_score(results: Iterable[Measured], metric: str = "dice", components: st
 def course_of(result: Measured) -> pd.DataFrame:
     """One line per round: mean validation Dice over clients, seconds and MB (10^6 bytes) since the start.
 
+    Where each client has a model of its own, of the round that it liked best, Dice is that of the models so far.
     Seconds are those of a processor core, so that it does not matter what else a machine did. Clients train side by
     side in a federation, so a round lasts as long as its slowest client; looking at unlabelled volumes with the
     teacher counts in the round where it happens, pretraining the teacher at the repository does not count. MB are
@@ -190,7 +193,10 @@ def course_of(result: Measured) -> pd.DataFrame:
     history = result.history_frame()
     columns = [name for name in ("cpu_seconds", "teacher_cpu_seconds") if name in history]
     lasted = history[columns].fillna(0.0).sum(axis=1).groupby(history["round"]).max()
-    dice = history.groupby("round")["validation"].mean()
+    by_client = history.set_index(["round", "client"])["validation"].unstack("client")
+    if result.row in ROWS and not ROWS[result.row].shares_model:
+        by_client = by_client.cummax()
+    dice = by_client.mean(axis=1)
     messages = pd.DataFrame(result.messages, columns=["round", "bytes"]).groupby("round")["bytes"].sum()
     sent = messages.reindex(range(int(dice.index.max()) + 1), fill_value=0).cumsum() / 1e6
     return pd.DataFrame(
@@ -218,7 +224,7 @@ def reach(result: Measured, target: float) -> Reach | None:
 
 
 def final_dice(results: Iterable[Measured]) -> float:
-    """The mean over runs of the validation Dice of the chosen round, the highest."""
+    """The mean over runs of the validation Dice of the chosen models: the highest of :func:`course_of`."""
     return float(np.mean([course_of(result)["dice"].max() for result in results]))
 
 

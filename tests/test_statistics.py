@@ -191,6 +191,21 @@ def test_seconds_are_those_of_the_slowest_client_and_bytes_those_of_all() -> Non
     assert statistics.reach(untrained, 0.4) == statistics.Reach(0, 0.0, 1.0)
 
 
+def test_who_chooses_a_round_alone_has_the_dice_of_the_models_so_far() -> None:
+    """One client is best in round 1 and one in round 2: together they have a Dice that no single round has."""
+    values = {"a": [0.8, 0.2], "b": [0.3, 0.6]}
+    history = [
+        {"round": r + 1, "client": c, "validation": values[c][r], "cpu_seconds": 1.0} for c in "ab" for r in (0, 1)
+    ]
+    shared, alone = (Run(row=row, history=history, messages=[]) for row in ("dual_kd", "local_uamt"))
+    assert list(statistics.course_of(shared)["dice"]) == pytest.approx([0.55, 0.4])
+    assert list(statistics.course_of(alone)["dice"]) == pytest.approx([0.55, 0.7])
+    assert statistics.final_dice([shared]) == pytest.approx(0.55) and statistics.final_dice([alone]) == pytest.approx(
+        0.7
+    )
+    assert statistics.reach(alone, 0.7) == statistics.Reach(2, 2.0, 0.0)
+
+
 def test_a_rival_is_timed_by_what_each_of_its_runs_reaches() -> None:
     runs = [timed([0.2, 0.8], 2.0), replace(timed([0.9, 0.5], 2.0), seed=1)]
     table = statistics.reach_table({"rival": runs}, statistics.final_dice(runs)).set_index("row")
