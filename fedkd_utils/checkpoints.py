@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedkd_utils.clients import FederationError
+from fedkd_utils.device import surroundings
 from fedkd_utils.methods import ROWS
 from fedkd_utils.networks import CheckpointError, State, TappedNetwork, load_checkpoint, save_checkpoint
 from fedkd_utils.provenance import code_hash, state_hash
@@ -76,6 +77,7 @@ def fingerprint(
         "teacher_update": dataclasses.asdict(teacher_update),
         "code": code_hash(FEDERATION_CODE),
         "classes": [teacher_classes, *[site.classes_by_volume for site in sites]],
+        "surroundings": surroundings(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -128,8 +130,8 @@ def resume(path: Path, fingerprint: str) -> Run | None:
         return None
     if facts.get("fingerprint") != fingerprint:
         raise FederationError(
-            f"{path} belongs to a run with other settings, data, teacher, seed or code: choose another folder, or "
-            "delete the file to begin again."
+            f"{path} belongs to a run with other settings, data, teacher, seed, code, versions or device: choose "
+            "another folder, or delete the file to begin again."
         )
     parts: dict[str, dict[int, State]] = {"student": {}, "best": {}, "kept": {}, "teacher": {}}
     for key, tensor in tensors.items():

@@ -14,8 +14,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from fedkd_utils.provenance import versions
 
 
 def compute_device() -> torch.device:
@@ -55,6 +58,12 @@ def computes_mixed(device: torch.device) -> bool:
 def precision_title(device: torch.device) -> str:
     """In which numbers networks compute there, in words."""
     return "mixed (bfloat16)" if computes_mixed(device) else "float32"
+
+
+def surroundings() -> dict[str, Any]:
+    """What moves a digit besides code and inputs: versions, device and precision. Work begun in others begins anew."""
+    device = compute_device()
+    return {"versions": versions(), "device": device_title(device), "precision": precision_title(device)}
 
 
 @contextmanager

@@ -36,7 +36,10 @@ Objective = Callable[[TappedNetwork, Batch, float, Settings], Mapping[str, Tenso
 
 
 def supervised(network: TappedNetwork, batch: Batch, progress: float, settings: Settings) -> dict[str, Tensor]:
-    """L = L_sup on the labelled volumes."""
+    """L = L_sup on the labelled volumes, cross-entropy and soft Dice (:func:`losses.supervised_loss`).
+
+    What a client of FedAvg minimises (McMahan et al., AISTATS 2017, arXiv 1602.05629).
+    """
     loss = losses.supervised_loss(network(batch.images), batch.labels, batch.labelled_classes)
     return {"loss": loss, "supervised": loss.detach()}
 
@@ -111,8 +114,9 @@ def pseudo_labels_released(
 ) -> dict[str, Tensor]:
     """L = CE + P(u, u) + P(u + xi, u + xi), P(a, b) = mean_v 1[max p(b) >= tau] CE(z(a), argmax p(b)), tau = 0.95.
 
-    SSFL in the authors' release: the clean and the noisy volume each follow their own pseudo-label, which only makes
-    the student surer of what it says already; the published method (:func:`weak_to_strong`) goes from weak to strong.
+    SSFL (Zhang et al., arXiv 2008.11364) in the release of He et al. (ISBI 2023, arXiv 2303.14357): the clean and the
+    noisy volume each follow their own pseudo-label, which only makes the student surer of what it says already; the
+    published method (:func:`weak_to_strong`) goes from weak to strong.
     """
     ce = losses.cross_entropy(network(batch.images), batch.labels, batch.labelled_classes)
     clean = network(_unlabelled(batch))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedkd_utils import cohorts, losses, metrics, transforms
-from fedkd_utils.device import compute_device, repeatable
+from fedkd_utils.device import compute_device, repeatable, surroundings
 from fedkd_utils.networks import (
     ChannelDropout,
     CheckpointError,
@@ -130,8 +130,8 @@ def teacher_for(
     """The teacher of a cohort: trained on first use, then read from ``<cache>/teachers``.
 
     It learns from the cohort's repository, or from the same subjects through ``settings.teacher_contrast``.
-    The file is named by a hash of all it depends on (settings, the repository's files, code, seed), so it is
-    made anew when one of them changes, and also when it is damaged. ``progress`` gets
+    The file is named by a hash of all it depends on (settings, the repository's files, code, seed, versions, device),
+    so it is made anew when one of them changes, and also when it is damaged. ``progress`` gets
     ``settings.teacher_steps`` steps in all, at once when there is nothing to train.
 
     Args:
@@ -205,6 +205,7 @@ def _cache_key(repository: Site, settings: Settings, seed: int) -> str:
         "files": files_hash([path for path in files if path is not None]),
         "code": code_hash(TEACHER_CODE),
         "seed": seed,
+        "surroundings": surroundings(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -26,11 +26,9 @@ from fedkd_utils.networks import (
     load_state,
     save_checkpoint,
 )
-from fedkd_utils.seeds import generator_of, seed_of, seeded
+from fedkd_utils.seeds import generator_of, seed_of
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
 from fedkd_utils.transforms import Case
-
-__all__ = ["seeded"]
 
 #: Called with (steps done since the last call, a short note) while something long goes on.
 Progress = Callable[[int, str], None]

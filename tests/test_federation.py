@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkd_utils import clients, federation, losses, networks, server, teacher, training
+from fedkd_utils import checkpoints, clients, federation, losses, networks, server, teacher, training
 from fedkd_utils.clients import FederationError, Update
 from fedkd_utils.federation import FederationResult
 from fedkd_utils.methods import ROWS
@@ -420,6 +420,9 @@ def test_the_limiting_cases_of_every_row_are_fedavg_bit_by_bit() -> None:
         weightless = run(row, settings=replace(TINY, response_weight=0.0))
         assert equal(weightless.models["east"], fedavg.models["east"]) and weightless.ledger == fedavg.ledger
         assert not equal(undisturbed(row).models["east"], fedavg.models["east"])
+    tuned = run("finetune_uamt", settings=replace(TINY, response_weight=0.0))
+    assert equal(tuned.models["east"], undisturbed("finetune").models["east"])
+    assert not equal(undisturbed("finetune_uamt").models["east"], tuned.models["east"])
     alone = run("local_uamt", settings=replace(TINY, response_weight=0.0))
     assert equal(alone.models["east"], undisturbed("local_only").models["east"])
     pooled = federation.run_federation(TINY, "pooled", SITES[:1], seed=0)  # one hospital, all labelled: nothing to pool
@@ -470,6 +473,27 @@ def test_the_mean_teacher_is_the_average_over_all_steps_and_never_restarts() -> 
             if t in (2, 5):
                 assert torch.allclose((first, second)[t // 3].kept[name].double(), value, rtol=0, atol=1e-6)
     assert not any(name.startswith("average") for name in second.state)
+
+
+def test_uamt_asks_the_average_and_not_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is asked in a step is the average after the step before: after the first it is the student, then no more."""
+    asked, students = [], []
+    original, follow = clients.teacher_signals, clients.follow
+
+    def signals(network: Any, *args: Any, **more: Any) -> Any:
+        asked.append(networks.copy_state(network))
+        return original(network, *args, **more)
+
+    def following(average: Any, student: Any, done: int, decay: float) -> None:
+        follow(average, student, done, decay)
+        students.append((networks.copy_state(average), networks.copy_state(student)))
+
+    monkeypatch.setattr(clients, "teacher_signals", signals)
+    monkeypatch.setattr(clients, "follow", following)
+    updated("uamt")
+    assert len(asked) == len(students) > 2
+    for seen, (average, student) in list(zip(asked[1:], students, strict=False))[1:]:
+        assert equal(seen, average) and not equal(seen, student)
 
 
 def test_the_mean_teacher_stays_with_its_client() -> None:
@@ -540,6 +564,8 @@ def test_distillation_is_weighted_by_the_agreement_of_the_teacher_with_a_clients
     assert signals.trust == pytest.approx(training.validate(TEACHER, cases))
     distrusted = updated("trusted_kd", signals=replace(signals, trust=0.0))
     assert equal(distrusted.state, updated("fedavg").state)
+    started = updated("combined_kd", signals=replace(signals, trust=0.0))  # both from the same weights
+    assert equal(started.state, updated("finetune_random").state)
     full = updated("trusted_kd", signals=replace(signals, trust=1.0))
     assert equal(full.state, updated("strong_kd", signals=signals).state)
     assert teacher.agreement(TEACHER, torch.zeros((0, 1, *SHAPE)), torch.zeros((0, *SHAPE)), ()) == 0.0
@@ -788,7 +814,9 @@ def test_a_kill_while_writing_and_a_moving_teacher(
     assert same(run(settings=many_epochs, teacher_update=update, folder=tmp_path), whole)
 
 
-def test_a_damaged_checkpoint_begins_again_and_one_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_begins_again_and_one_of_another_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = undisturbed()
     run(folder=tmp_path)
     path = tmp_path / "round.safetensors"
@@ -804,6 +832,12 @@ def test_a_damaged_checkpoint_begins_again_and_one_of_another_run_is_refused(tmp
     for other in others:
         with pytest.raises(FederationError, match="round.safetensors belongs to a run with other.*delete"):
             run(folder=tmp_path, **other)
+    assert path.read_bytes() == kept
+    monkeypatch.setattr(
+        checkpoints, "surroundings", lambda: {"device": "another"}
+    )  # what it had begun is no part of it
+    with pytest.raises(FederationError, match="versions or device"):
+        run(folder=tmp_path)
     assert path.read_bytes() == kept
 
 
