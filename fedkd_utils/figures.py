@@ -20,9 +20,11 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from numpy.typing import NDArray
 from PIL import Image
 
+from fedkd_utils import grids
 from fedkd_utils.calibration import Cartilage
 from fedkd_utils.methods import ROWS
 from fedkd_utils.settings import CARTILAGES, CLASS_NAMES
@@ -304,8 +306,10 @@ def heat(image: Volume, values: Volume, spacing_mm: Sequence[float], name: str, 
     )
 
 
-def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str) -> Drawn:
-    """Lines of (x, y) points by name."""
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str, title: str, *, log_x: bool = False
+) -> Drawn:
+    """Lines of (x, y) points by name; ``log_x``: equal factors of x at equal distances."""
     figure, axes = _new(1, 1, 6.0, 3.4)
     axis, ends = axes[0, 0], []
     for i, (name, points) in enumerate(series.items()):
@@ -314,6 +318,11 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, yla
         axis.plot(x, y, color=colour, linestyle=line, marker=marker if len(x) <= 30 else None, label=name)
         ends.append(f"{name} {'higher' if y[-1] > y[0] else 'lower' if y[-1] < y[0] else 'where it began'}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_locator(NullLocator())
     columns = 2 if len(series) == 4 else min(len(series), 3)
     figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     lines = f"{len(series)} line{'s' * (len(series) > 1)}"
@@ -463,23 +472,28 @@ def forest(frame: pd.DataFrame, title: str, xlabel: str) -> Drawn:
     )
 
 
-def pareto(frame: pd.DataFrame, cost: str, xlabel: str, title: str) -> Drawn:
-    """Dice against a cost, one marker a row, and the front, ringed: the rows that no cheaper row reaches.
+def pareto(frame: pd.DataFrame, cost: str, xlabel: str, title: str, named: Sequence[str] = ()) -> Drawn:
+    """Dice against a cost, and the front, ringed: the rows that no cheaper row reaches.
 
     Args:
         frame: columns row, dice and the one named by ``cost``.
+        named: the rows in the legend, besides those on the front; the others are small grey dots.
     """
-    figure, axes = _new(1, 1, 7.4, 0.16 * len(frame) + 2.6)
+    figure, axes = _new(1, 1, 7.4, 4.6)
     axis, front = axes[0, 0], pareto_front(frame, cost)
-    for line in frame.itertuples():
+    shown = frame["row"].isin([*front, *named])
+    rest = frame[~shown]
+    others = f"{len(rest)} other row{'s' * (len(rest) > 1)}" if len(rest) else None
+    axis.plot(rest[cost], rest["dice"], ".", color="#999999", markersize=5, label=others)
+    for line in frame[shown].sort_values("dice", ascending=False).itertuples():  # the legend from top to bottom
         name, colour, marker, dashes = ROW_STYLE[line.row]
         x, y, fill = getattr(line, cost), line.dice, _FILLS[dashes]
-        axis.plot([x], [y], marker, color=colour, markersize=7, fillstyle=fill, markerfacecoloralt="white", label=name)
+        axis.plot([x], [y], marker, color=colour, markersize=8, fillstyle=fill, markerfacecoloralt="white", label=name)
     edge = frame[frame["row"].isin(front)].sort_values([cost, "dice"])
     axis.plot(edge[cost], edge["dice"], "o", color="#222222", markersize=14, fillstyle="none")
     axis.plot(edge[cost], edge["dice"], color="#222222", linewidth=1, drawstyle="steps-post", zorder=0)
     axis.set(title=title, xlabel=xlabel, ylabel="mean Dice")
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     on_front = "; ".join(_title(row) for row in front)
     return (
         figure,
@@ -505,5 +519,6 @@ def _title(row: str) -> str:
 
 
 def _difference(label: str) -> str:
-    """The label of a variant in words."""
-    return label.replace("_", " ").replace("+", ", ")
+    """The label of a variant in words; behind a comma may stand where."""
+    change, comma, where = label.partition(", ")
+    return grids.in_words(change) + comma + where

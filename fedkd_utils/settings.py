@@ -55,7 +55,7 @@ class Settings:
     feature_weight: float  # beta
     feature_temperature: float
     teacher_passes: int  # M, the stochastic teacher predictions behind the uncertainty mask; 0: no mask
-    mask_classes: int  # ln of it is the mask's ceiling: 4 as in the paper (all classes), 2 as in the released code
+    mask_classes: int  # ln of it is the mask's ceiling: 4, all classes, as we read the paper; 2 in the released code
     response_loss: str  # "squares" as the paper, or "cross_entropy_dice"
     response_ramp: float  # the share of the run over which the response's weight ramps up; 0: none
     teacher_contrast: str  # a scanner of acquisition.SCANNERS, or "protocols": those of the clients (see cohorts.py)

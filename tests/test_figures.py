@@ -358,7 +358,19 @@ def test_the_pareto_front_is_what_no_cheaper_row_reaches():
         "Dice against bytes: mean Dice over MB of 5 rows. On the front, from cheap to dear: Teacher only; "
         "FedAvg, labelled only; Dual distillation."
     )
-    drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in figure.axes[0].lines[:5]}
-    assert drawn["Dual distillation"] == (12.0, 0.8) and figure.axes[0].get_legend() is not None
-    ringed, front = figure.axes[0].lines[5:]
+    others, *markers, ringed, front = figure.axes[0].lines
+    drawn = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in markers}
+    assert drawn["Dual distillation"] == (12.0, 0.8) and len(drawn) == 3
+    assert sorted(zip(others.get_xdata(), others.get_ydata(), strict=True)) == [(11.0, 0.69), (12.0, 0.75)]
     assert list(ringed.get_ydata()) == list(front.get_ydata()) == [0.6, 0.7, 0.8]
+    figure, _ = figures.pareto(frame, "mb", "MB", "Dice against bytes", named=["uamt"])
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == ["1 other row", *[ROWS[row].title for row in ("dual_kd", "uamt", "fedavg", "teacher_only")]]
+
+
+def test_a_logarithmic_axis_is_labelled_with_the_numbers_themselves():
+    figure, _ = figures.curves({"line": [(2.0, 0.1), (20.0, 0.2), (100.0, 0.3)]}, "MB", "Dice", "Bytes", log_x=True)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    ticks = [tick.get_text() for tick in axis.get_ticklabels()]
+    assert axis.get_scale() == "log" and {"2", "5", "10", "20", "50", "100"} <= set(ticks)
