@@ -53,7 +53,7 @@ lab: setup  ## open the course in JupyterLab
 
 results: setup  ## tune every row, run every grid of the reference profile, print the differences; long, stop any time
 	@$(BIN)/python -m fedkd_utils tune --profile reference
-	@for grid in rows beyond all; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
+	@for grid in rows beyond all new_knees; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
 	@$(BIN)/python -m fedkd_utils seconds --profile reference
 	@$(BIN)/python -m fedkd_utils results --profile reference
 

@@ -211,7 +211,11 @@ def _run(arguments: argparse.Namespace) -> None:
         for point in points:
             print(point.name)
         return
-    runner.run_points(points, settings, arguments.out or folder, again=arguments.again, workers=arguments.workers)
+    out = arguments.out or folder
+    found = runner.run_points(points, settings, out, again=arguments.again, workers=arguments.workers)
+    left = [point.name for point in (*found.missing, *found.damaged)]
+    if left:
+        raise ValueError(f"{len(left)} points have no result in {out}: {', '.join(left)}. The lines above say why.")
 
 
 def _part(text: str) -> tuple[int, int]:

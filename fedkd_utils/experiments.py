@@ -21,7 +21,7 @@ import pandas as pd
 from fedkd_utils import cohorts, shares, transforms
 from fedkd_utils.checkpoints import FEDERATION_CODE
 from fedkd_utils.clients import trust_in
-from fedkd_utils.device import compute_device, repeatable
+from fedkd_utils.device import compute_device, repeatable, surroundings
 from fedkd_utils.federation import FederationResult, run_federation, total_progress
 from fedkd_utils.files import write_atomically
 from fedkd_utils.live import progress_bar
@@ -97,6 +97,7 @@ def run_row(
     *,
     teacher_update: TeacherUpdate = FROZEN,
     on_disk: Settings | None = None,
+    cohort_seed: int = 0,
     sites: Sequence[SiteData] | None = None,
     workers: int | None = None,
     show_progress: bool = True,
@@ -110,14 +111,15 @@ def run_row(
     Args:
         root: the cache folder, :func:`settings.cache_folder` when not given.
         on_disk: settings of a larger cohort, of which each client uses what ``settings`` says (:func:`shares.share`).
+        cohort_seed: whose knees, of repository and clients (:func:`cohorts.make_cohort`).
         sites: the clients of this seed in memory (:func:`load_clients`), to load them once for many rows.
         show_progress: a bar in Jupyter or on a terminal.
-        keep: leave result and models in the cache; else only the result is returned, and nothing is left.
+        keep: leave result and models in the cache; else only the checkpoint, until :func:`forget`.
 
     Raises:
         ValueError: an unknown row.
     """
-    ready = _ready(row, setting, seed, settings, root, on_disk, show_progress)
+    ready = _ready(row, setting, seed, settings, root, on_disk, show_progress, cohort_seed)
     return _run(
         ready,
         row,
@@ -144,18 +146,26 @@ def run_sites(
 ) -> Result:
     """Run a row on a reader's own sites (:func:`sites.open_sites`) with all their volumes, and keep it like any run.
 
-    The teacher learns from the cohort's repository; when that is empty, from made knees of random contrasts. A row that
-    chooses its teacher chooses between these two. The pooled row has the labelled volumes of all clients.
+    The teacher learns from the cohort's repository; when that is empty, and in a row of an any-contrast teacher, from
+    made knees of random contrasts. A row that chooses its teacher chooses between these two. The pooled row has the
+    labelled volumes of all clients.
 
     Raises:
-        ValueError: an unknown row, one that needs the clients' sequences, which images do not hold, or a client without
-            labelled volumes to train, validate or test on.
+        ValueError: an unknown row, one whose teacher needs the clients' sequences or new contrasts of the repository's
+            images, which is done for made knees only, or a client without labelled volumes to train, validate or
+            test on.
     """
     method = row_named(row)
-    if method.adapt(settings).teacher_contrast == "protocols":
+    contrast = method.adapt(settings).teacher_contrast
+    if contrast == "protocols":
         raise ValueError(
             f"{method.title!r} needs the sequences of the scanners, which volumes do not hold: run teacher_random, "
             "finetune_random or chosen_finetune."
+        )
+    if contrast == "recontrasted":
+        raise ValueError(
+            f"{method.title!r} changes the contrast of made knees only: run teacher_random, finetune_random or "
+            "chosen_finetune."
         )
     for site in cohort.clients:  # now, and not after the teacher's training
         for part in ("training", "validation", "test"):
@@ -164,7 +174,7 @@ def run_sites(
                     f"{site.folder}: no labelled {part} volume. Name some in dataset.json, or run `prepare`."
                 )
     settings = method.for_run(replace(settings, clients=len(cohort.clients)))
-    own = cohort.repository if cohort.repository.training else None
+    own = cohort.repository if cohort.repository.training and contrast != "random" else None
     if method.needs_teacher and own is None:
         settings = any_contrast(settings)
     teachers = []
@@ -244,7 +254,6 @@ def _run(
         teacher=_facts(teacher) if teacher is not None else {},
     )
     if not keep:
-        shutil.rmtree(folder, ignore_errors=True)
         return result
     save_models(folder / "model.safetensors", outcome, inputs, settings)
     write_atomically(folder / "result.json", result_json(result))
@@ -285,15 +294,17 @@ def _ready(
     root: Path | None,
     on_disk: Settings | None,
     show_progress: bool,
+    cohort_seed: int = 0,
 ) -> _Ready:
     method = row_named(row)
     settings = method.for_run(settings)
-    cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, root=root), settings, seed)
+    cohort = shares.share(cohorts.make_cohort(on_disk or settings, setting, cohort_seed, root), settings, seed)
     contrasts = [settings.teacher_contrast] if method.needs_teacher else []
     if method.chooses_teacher:
         contrasts.append("random")
     choices = [replace(settings, teacher_contrast=contrast) for contrast in contrasts]
-    return _Ready(method, settings, cohort, tuple(_teacher(s, setting, seed, root, show_progress) for s in choices))
+    teachers = (_teacher(s, setting, seed, root, show_progress, cohort_seed=cohort_seed) for s in choices)
+    return _Ready(method, settings, cohort, tuple(teachers))
 
 
 def _training_sites(ready: _Ready, sites: Sequence[SiteData]) -> Sequence[SiteData]:
@@ -360,6 +371,7 @@ def _teacher(
     root: Path | None,
     show_progress: bool,
     repository: Site | None = None,
+    cohort_seed: int = 0,
 ) -> Teacher:
     """The teacher of a seed: runs of several seeds differ in teacher, labelled volumes, initial student and batches.
 
@@ -367,7 +379,8 @@ def _teacher(
     """
     with progress_bar(settings.teacher_steps, "Teacher") if show_progress else nullcontext(_silent) as advance:
         if repository is None:
-            repository = cohorts.make_repository(settings, cohorts.teacher_scanner(settings, setting), root=root)
+            scanner = cohorts.teacher_scanner(settings, setting)
+            repository = cohorts.make_repository(settings, scanner, cohort_seed, root)
         return teacher_on(repository, settings, seed, root, advance)
 
 
@@ -401,6 +414,7 @@ def _inputs(
         "teachers": [state_hash(teacher.network.state_dict()) for teacher in teachers],
         "teacher_update": dataclasses.asdict(teacher_update),
         "code": code_hash(_CODE),
+        "surroundings": surroundings(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -525,6 +539,11 @@ def result_folder(result: Result, root: Path | None = None) -> Path:
     """Where :func:`run_row` keeps a result and its models."""
     name = _folder_name(result.settings["name"], result.setting, result.row, result.seed, result.inputs)
     return (root or cache_folder()) / "runs" / name
+
+
+def forget(result: Result, root: Path | None = None) -> None:
+    """Delete what a run left in the cache, when its result is safe elsewhere."""
+    shutil.rmtree(result_folder(result, root), ignore_errors=True)
 
 
 def _folder_name(profile: str, setting: str, row: str, seed: int, inputs: str) -> str:

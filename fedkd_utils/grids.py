@@ -8,6 +8,7 @@ from typing import Any
 
 from fedkd_utils.compression import CODECS
 from fedkd_utils.methods import ROWS
+from fedkd_utils.networks import bottleneck_width
 from fedkd_utils.settings import SETTINGS_OF_CLIENTS, Settings
 from fedkd_utils.teacher import FROZEN, RELEASE, TeacherUpdate
 
@@ -30,6 +31,7 @@ class Point:
     changes: Changes = ()  # settings that differ from the profile
     on_disk: Changes = ()  # sizes of a larger cohort, of which the first volumes are used
     teacher_update: TeacherUpdate = FROZEN
+    cohort_seed: int = 0  # whose knees
     chosen_rate: float | None = None  # the learning rate tuned for the row; not a change, so not in the name
 
     @property
@@ -39,6 +41,8 @@ class Point:
         if self.teacher_update != FROZEN:
             kind, rate = self.teacher_update.kind, self.teacher_update.rate
             parts.append(f"{kind}_{rate}_after_{self.teacher_update.warm_up_rounds}" if kind == "hand_over" else kind)
+        if self.cohort_seed:
+            parts.append(f"cohort_{self.cohort_seed}")
         return "+".join(parts)
 
     @property
@@ -96,7 +100,7 @@ def _weights(profile: Settings) -> list[Point]:
         (("response_weight", 1.0), ("response_ramp", 0.0)),
         (("response_weight", 1.0), ("response_loss", "cross_entropy_dice")),
         # As released: its means over batch and channels, in the units of our terms (see losses.release_*).
-        (("response_weight", 0.2), ("feature_weight", 1 / 128), ("mask_classes", 2)),
+        (("response_weight", 0.2), ("feature_weight", 1 / bottleneck_width(profile)), ("mask_classes", 2)),
     ]
     return _points(["dual_kd"], (NEAR,), variants)
 
@@ -154,7 +158,7 @@ def _distance(profile: Settings) -> list[Point]:
 
 
 def _mask(profile: Settings) -> list[Point]:
-    """Without the uncertainty mask, and with the released code's, which is stricter; with the paper's are the rows."""
+    """Without the uncertainty mask, and with the released code's, which is stricter; with ours are the rows."""
     variants = [*_one_by_one("teacher_passes", (0,)), *_one_by_one("mask_classes", (2,))]
     return _points(["dual_kd", "strong_kd"], BOTH, variants)
 
@@ -174,6 +178,13 @@ def _privacy(profile: Settings) -> list[Point]:
     clip = ("clip_norm", 10.0)
     noises = [(clip, ("noise_multiplier", noise)) for noise in (0.01, 0.03, 0.1)]
     return _points(["fedavg"], (NEAR,), [(clip,), *noises])
+
+
+def _new_knees(profile: Settings) -> list[Point]:
+    """What is said of the improved row and of dual distillation, asked again of knees that nobody had looked at."""
+    near = _points(["fedavg", "mean_teacher", "dual_kd", "finetune", "mixed_protocols"])
+    far = _points(["fedavg", "pooled", "dual_kd", "mixed_protocols"], (FAR,))
+    return [replace(point, cohort_seed=1) for point in near + far]
 
 
 def _live(profile: Settings) -> list[Point]:
@@ -232,12 +243,31 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "normalisation": _normalisation,
     "compression": _compression,
     "privacy": _privacy,
+    "new_knees": _new_knees,
     "live": _live,
     "project": _project,
 }
 
-#: In no table of the comparison: what notebook 07 runs again, and what the final project is scored against.
-_APART = ("live", "project")
+#: What differs from a row as it is, where the name of a setting and its value do not say it to a reader.
+_IN_WORDS = {
+    "response_weight_0.2+feature_weight_0.0078125+mask_classes_2": "weights and mask as released",  # the UNet's width
+    "response_ramp_0.0": "no ramp",
+    "teacher_passes_0": "no mask",
+    "mask_classes_2": "mask as released",
+    "hand_over_0.1": "handed over slowly",
+    "hand_over_1.0": "handed over at once",
+    "release": "erased as released",
+    "cohort_1": "new knees",
+}
+
+#: In no table: other knees, what notebook 07 runs again, and what the final project is scored against.
+_APART = ("new_knees", "live", "project")
+
+
+def in_words(label: str) -> str:
+    """The label of a point (:attr:`Point.label`) as a reader says it."""
+    parts = [_IN_WORDS.get(part.partition("_after_")[0], part.replace("_", " ")) for part in label.split("+")]
+    return _IN_WORDS.get(label, ", ".join(parts))
 
 
 def grid(name: str, profile: Settings, seeds: Sequence[int] = SEEDS) -> list[Point]:

@@ -108,7 +108,7 @@ ROWS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("teacher_only", "Teacher only", None, _HE, _TEACHER, federated=False),
-        Method("local_only", "Local only", supervised, federated=False),
+        Method("local_only", "Local only", supervised, "the lower bound of He et al.: no federation", federated=False),
         Method(
             "local_uamt",
             "Local + UA-MT",
@@ -339,7 +339,7 @@ ROWS: dict[str, Method] = {
         ),
         Method(
             "combined_kd",
-            "All of ours",
+            "Combined distillation",
             dual_distillation,
             "ours: any-contrast teacher, strong response, weighted by trust, started at the teacher",
             _RANDOM,
@@ -368,7 +368,7 @@ ROWS: dict[str, Method] = {
         ),
         Method(
             "combined_kd_recontrasted",
-            "All of ours, recontrasted teacher",
+            "Combined distillation, recontrasted teacher",
             dual_distillation,
             "ours: recontrasted teacher, strong response, weighted by trust, started at the teacher",
             _SAME,

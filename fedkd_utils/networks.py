@@ -182,6 +182,11 @@ def unet_strides(settings: Settings) -> tuple[tuple[int, int, int], ...]:
     return tuple(levels)
 
 
+def bottleneck_width(settings: Settings) -> int:
+    """The channels of the network's bottleneck, without building it."""
+    return settings.channels[-1] if settings.architecture == "unet" else 16 * VNET_WIDTH
+
+
 def build_network(settings: Settings, seed: int) -> TappedNetwork:
     """The network of a profile, that of the teacher, with initial weights from ``seed``.
 

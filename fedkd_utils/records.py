@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -24,6 +25,9 @@ from fedkd_utils.methods import ROWS
 from fedkd_utils.parallel import default_workers
 from fedkd_utils.provenance import NUMBERS
 from fedkd_utils.settings import CLASS_NAMES, Settings
+
+#: Settings that do not move the seconds of a round.
+NO_SECONDS = ("rounds", "learning_rate")
 
 _TABLES = ("history", "test", "messages")
 
@@ -70,13 +74,20 @@ class Record:
 
 
 def made_with(point: Point, profile: Settings) -> dict[str, Any]:
-    """The row's definition, the edition of the digits, and the sizes of the cohort."""
+    """The row's definition, the edition of the digits, and sizes and seed of the cohort, when it is not the first."""
     return {
         "method": ROWS[point.row].identity(),
         "numbers": NUMBERS,
         "sizes": cohorts.sizes(point.disk(profile)),
         "teacher_update": dataclasses.asdict(point.teacher_update),
-    }
+    } | ({"cohort_seed": point.cohort_seed} if point.cohort_seed else {})
+
+
+def settings_hash(settings: Mapping[str, Any], without: Iterable[str]) -> str:
+    """A short hash of settings as they are written, but for some; None is as good as nothing."""
+    left_out = {*without, "name"}
+    chosen = {name: value for name, value in settings.items() if name not in left_out and value is not None}
+    return hashlib.sha256(_dense(dict(sorted(chosen.items()))).encode()).hexdigest()[:16]
 
 
 def expected_settings(point: Point, profile: Settings) -> dict[str, Any]:
@@ -167,8 +178,18 @@ def stale(record: Record, point: Point, profile: Settings) -> list[str]:
         "numbers": "the digits of the code have changed",
         "sizes": "the cohort has other sizes",
         "teacher_update": "the teacher moves otherwise",
+        "cohort_seed": "the knees are others",
     }
     return reasons + [words[key] for key in now if rounded(now[key]) != record.made_with.get(key)]
+
+
+def same_teacher(one: Record, other: Record) -> bool:
+    """Whether two runs had one teacher, weight by weight (or neither had any).
+
+    A teacher of one seed is trained from the same start on the same volumes; on machines that round otherwise, a
+    thousand steps make two of it. The difference of two such runs holds that of their teachers, too.
+    """
+    return bool(one.result.teacher.get("weights_sha256") == other.result.teacher.get("weights_sha256"))
 
 
 def read_all(folder: Path, points: Iterable[Point]) -> dict[Point, Record]:
@@ -196,6 +217,8 @@ def _with_seconds(record: Record, rows: Mapping[str, Any], path: Path) -> Record
     if record.row not in rows:
         raise ValueError(f"{path} has no seconds for {record.row}: run `python -m fedkd_utils seconds`.")
     cost = rows[record.row]
+    if cost["settings"] != settings_hash(record.result.settings, NO_SECONDS):
+        raise ValueError(f"{path}: {record.row} was timed with other settings: run `python -m fedkd_utils seconds`.")
     history = [
         {**line, "cpu_seconds": cost["round"], "teacher_cpu_seconds": cost["looking"] if line["round"] == 1 else 0.0}
         for line in record.result.history

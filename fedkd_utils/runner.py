@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import math
@@ -120,6 +121,9 @@ def run_points(
         say(f"stale: {point.name}: {'; '.join(reasons)}" + ("" if again else " (made again with --again)"))
     todo = [p for p in points if p in before.missing or p in before.damaged or (again and p in before.stale)]
     say(f"{len(points)} points: {len(before.done)} done, {len(before.stale)} stale, {len(todo)} to run")
+    untuned = {p.row for p in todo if p.chosen_rate is None and ROWS[p.row].objective is not None}
+    if untuned and rates_file(folder).is_file():
+        say(f"not tuned, at the profile's learning rate: {', '.join(sorted(untuned))} (see `tune`)")
     lasted: dict[str, list[float]] = {}
     for record in before.done.values():
         lasted.setdefault(record.row, []).append(record.elapsed)
@@ -127,9 +131,10 @@ def run_points(
     for index, point in enumerate(todo):
         start = time.perf_counter()
         settings, disk = point.settings(profile), point.disk(profile)
-        key = (point.setting, point.seed, cohorts.sizes(settings), cohorts.sizes(disk))
+        key = (point.setting, point.seed, point.cohort_seed, cohorts.sizes(settings), cohorts.sizes(disk))
         if loaded is None or loaded[0] != key:
-            cohort = shares.share(cohorts.make_cohort(disk, point.setting, root=root), settings, point.seed)
+            whole = cohorts.make_cohort(disk, point.setting, point.cohort_seed, root)
+            cohort = shares.share(whole, settings, point.seed)
             loaded = (key, experiments.load_clients(cohort, settings))
         try:
             result = experiments.run_row(
@@ -140,6 +145,7 @@ def run_points(
                 root,
                 teacher_update=point.teacher_update,
                 on_disk=disk,
+                cohort_seed=point.cohort_seed,
                 sites=loaded[1],
                 workers=workers,
                 keep=False,
@@ -151,6 +157,7 @@ def run_points(
         command = f"python -m fedkd_utils run --profile {profile.name} --only {point.name}"
         made = records.record(result, point, profile, command, elapsed, workers)
         records.write_record(folder, made, point.name)
+        experiments.forget(result, root)
         lasted.setdefault(point.row, []).append(elapsed)
         frame = result.test_frame()
         dice = frame.loc[frame["components"] == "all", "dice"].mean()
@@ -172,18 +179,28 @@ def rates_file(folder: Path) -> Path:
 
 
 def chosen_rates(folder: Path) -> dict[str, float]:
-    """The learning rate of every row that was tuned; empty before :func:`tune`.
+    """The learning rate of every row whose trials are complete; empty before :func:`tune`.
 
     Raises:
         ValueError: a damaged file.
     """
+    rows = _tried(folder)
+    return {row: float(facts["chosen"]) for row, facts in rows.items() if "chosen" in facts}
+
+
+def _tried(folder: Path) -> dict[str, Any]:
+    """By row: its trials and, when they are complete, the chosen rate."""
     path = rates_file(folder)
     if not path.is_file():
         return {}
     try:
-        return {row: float(facts["chosen"]) for row, facts in json.loads(path.read_bytes())["rows"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+        rows: dict[str, Any] = json.loads(path.read_bytes())["rows"]
+        for facts in rows.values():
+            float(facts.get("chosen", 0.0))
+            assert {t["setting"] for t in facts["trials"]} and {t["learning_rate"] for t in facts["trials"]}
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path}: damaged ({error}). Delete it and run `python -m fedkd_utils tune`.") from error
+    return rows
 
 
 def tune(
@@ -198,19 +215,29 @@ def tune(
 ) -> dict[str, float]:
     """Choose each row's learning rate by validation Dice, mean over settings, from :data:`LEARNING_RATES`.
 
-    One seed that no result uses, and the same third of the rounds for every row. Every trial is written at once, so
-    a stopped search goes on; what was tried with other code is tried again. Test volumes are not looked at.
+    One seed that no result uses, and the same third of the rounds for every row. (Its labelled knees are those of seed
+    0, and validation knees are the same in all seeds; teacher, initial weights and batches are its own.) Every trial is
+    written at once, so a stopped search goes on; what was tried with other code or settings is tried again. A row has
+    no rate before its last trial. Test volumes are not looked at.
     """
     shorter = replace(profile, rounds=max(profile.rounds // TUNING_PART, 1))
     path = rates_file(folder)
-    facts: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {"rows": {}}
+
+    def edition(row: str) -> dict[str, Any]:
+        used = dataclasses.asdict(ROWS[row].for_run(shorter))
+        return {
+            "numbers": NUMBERS,
+            "method": ROWS[row].identity(),
+            "settings": records.settings_hash(used, ["learning_rate"]),
+        }
+
     rows = [row for row in rows if ROWS[row].objective is not None]
     wanted = [(row, setting, rate) for setting in settings for row in rows for rate in LEARNING_RATES]
     known = {
         (row, trial["setting"], trial["learning_rate"]): trial
-        for row, tried in facts["rows"].items()
+        for row, tried in _tried(folder).items()
         for trial in tried["trials"]
-        if (trial["numbers"], trial["method"]) == (NUMBERS, ROWS[row].identity() if row in ROWS else "")
+        if row in ROWS and {name: trial.get(name) for name in ("numbers", "method", "settings")} == edition(row)
     }
     todo = [trial for trial in wanted if trial not in known]
     say(f"{len(wanted)} trials: {len(wanted) - len(todo)} done, {len(todo)} to run")
@@ -225,14 +252,14 @@ def tune(
         )
         trial = {"setting": setting, "learning_rate": rate, "validation": None if math.isnan(dice) else round(dice, 5)}
         trial |= {"device": device_title(compute_device()), "versions": versions()}
-        known[row, setting, rate] = trial | {"numbers": NUMBERS, "method": ROWS[row].identity()}
+        known[row, setting, rate] = trial | edition(row)
         facts = {
             "command": f"python -m fedkd_utils tune --profile {profile.name}",
             "grid": LEARNING_RATES,
             "seed": TUNING_SEED,
             "rounds": shorter.rounds,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "rows": _chosen(known),
+            "rows": _chosen(known, settings),
         }
         write_atomically(path, (json.dumps(facts, indent=1, allow_nan=False) + "\n").encode())
         left = (time.perf_counter() - start) / (index + 1) * (len(todo) - index - 1) / 60
@@ -240,8 +267,11 @@ def tune(
     return chosen_rates(folder)
 
 
-def _chosen(trials: dict[tuple[str, str, float], dict[str, Any]]) -> dict[str, Any]:
-    """By row: the trials, and the rate with the highest mean validation Dice; a rate that diverged once is out."""
+def _chosen(trials: dict[tuple[str, str, float], dict[str, Any]], settings: Sequence[str]) -> dict[str, Any]:
+    """By row: the trials, and the rate with the highest mean validation Dice; a rate that diverged once is out.
+
+    A row has a rate when each was tried in each of the settings.
+    """
     out: dict[str, Any] = {}
     for row in [name for name in ROWS if any(key[0] == name for key in trials)]:
         own = [trial for (name, _, _), trial in trials.items() if name == row]
@@ -249,9 +279,10 @@ def _chosen(trials: dict[tuple[str, str, float], dict[str, Any]]) -> dict[str, A
         for trial in own:
             dice = -1.0 if trial["validation"] is None else trial["validation"]
             scores.setdefault(trial["learning_rate"], []).append(dice)
-        most = max(len(values) for values in scores.values())
-        means = {rate: min(v) if min(v) < 0 else sum(v) / len(v) for rate, v in scores.items() if len(v) == most}
-        out[row] = {"chosen": max(means, key=lambda rate: means[rate]), "trials": own}
+        out[row] = {"trials": own}
+        if all(len(scores.get(rate, ())) >= len(settings) for rate in LEARNING_RATES):
+            means = {rate: min(v) if min(v) < 0 else sum(v) / len(v) for rate, v in scores.items()}
+            out[row] = {"chosen": max(means, key=lambda rate: means[rate])} | out[row]
     return out
 
 
@@ -281,7 +312,12 @@ def measure_seconds(
             torch.set_num_threads(threads)
         by_client = history.groupby("client")
         looking = by_client["teacher_cpu_seconds"].sum().mean() if "teacher_cpu_seconds" in history else 0.0
-        measured[row] = {"round": round(by_client["cpu_seconds"].min().mean(), 3), "looking": round(float(looking), 3)}
+        used = dataclasses.asdict(ROWS[row].for_run(profile))
+        measured[row] = {
+            "round": round(by_client["cpu_seconds"].min().mean(), 3),
+            "looking": round(float(looking), 3),
+            "settings": records.settings_hash(used, records.NO_SECONDS),
+        }
         say(f"{row}: {measured[row]['round']:.2f} s a round and client, {looking:.2f} s looking")
     facts = {
         "command": f"python -m fedkd_utils seconds --profile {profile.name}",

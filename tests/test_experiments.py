@@ -109,8 +109,12 @@ def test_other_inputs_are_other_runs(cache: Path, trainings: list[str], monkeypa
     ]
     monkeypatch.setattr(experiments, "code_hash", lambda modules: "another code")
     others.append(run("fedavg", cache))
+    monkeypatch.undo()
+    elsewhere = {"versions": {"torch": "another"}, "device": "cpu", "precision": "float32"}
+    monkeypatch.setattr(experiments, "surroundings", lambda: elsewhere)
+    others.append(run("fedavg", cache))
     inputs = {one.inputs for one in (base, *others)}
-    assert len(inputs) == 5
+    assert len(inputs) == 6
     kept = experiments.read_result(experiments.result_folder(base, cache) / "result.json")
     assert kept.inputs == base.inputs  # untouched by the others
 
@@ -224,6 +228,19 @@ def test_a_larger_cohort_can_be_used_in_part(cache: Path) -> None:
     assert {line["case"] for line in result.test} == {item.name for site in cohort.clients for item in site.test}
     assert result.settings["client_labelled"] == 1
     assert run("fedavg", cache, settings=large).inputs != result.inputs != run("fedavg", cache).inputs
+
+
+def test_another_cohort_has_other_knees_everywhere(cache: Path) -> None:
+    """Repository and clients: nothing of a run has seen the knees of the first one; also through new contrasts."""
+    first = cohorts.make_cohort(TINY, "paper_like", root=cache)
+    other = cohorts.make_cohort(TINY, "paper_like", 1, cache)
+    for row in ("dual_kd", "mixed_protocols"):
+        one, new = run(row, cache), run(row, cache, cohort_seed=1)
+        assert {line["case"] for line in new.test} == {item.name for site in other.clients for item in site.test}
+        assert not {line["case"] for line in new.test} & {line["case"] for line in one.test}
+        assert new.teacher["weights_sha256"] != one.teacher["weights_sha256"] and new.inputs != one.inputs
+    names = [{item.name for site in (c.repository, *c.clients) for item in site.items} for c in (first, other)]
+    assert not names[0] & names[1]
 
 
 def test_a_seed_has_its_own_teacher(cache: Path) -> None:

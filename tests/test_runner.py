@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import TINY
 
-from fedkd_utils import __main__, experiments, federation, grids, records, runner, statistics
+from fedkd_utils import __main__, experiments, federation, grids, networks, records, runner, statistics
 from fedkd_utils.grids import Point
 from fedkd_utils.methods import ROWS
 from fedkd_utils.settings import PROFILES, REFERENCE
 from fedkd_utils.teacher import RELEASE, TeacherUpdate
+from fedkd_utils.training import TrainingError
 
 POINTS = [Point("fedavg", "paper_like"), Point("dual_kd", "paper_like", 1), Point("pooled", "heterogeneous")]
 
@@ -35,7 +37,9 @@ def test_every_grid_is_whole_and_its_points_are_told_apart(profile: Any) -> None
     for name in grids.GRIDS:
         points = grids.grid(name, profile)
         assert points and {point.seed for point in points} == set(grids.SEEDS)
-        assert (set(points) <= set(whole)) == (name not in ("live", "project")) and grids.GRIDS[name].__doc__
+        assert (set(points) <= set(whole)) == (name not in ("new_knees", "live", "project")) and grids.GRIDS[
+            name
+        ].__doc__
     for point in whole:
         assert point.row in ROWS and set(point.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-.")
         settings = ROWS[point.row].adapt(point.settings(profile))
@@ -60,10 +64,45 @@ def test_the_issues_ablations_are_there() -> None:
     assert values("clients", "clients") == {2, 8} and values("normalisation", "normalisation") == {"batch", "group"}
     assert {1, 4, 8} <= values("local_epochs", "local_epochs") and values("mask", "teacher_passes") == {0, None}
     assert values("mask", "mask_classes") == {2, None} and REFERENCE.mask_classes == 4
+    assert len(values("unlabelled", "client_unlabelled")) == len(values("temperature", "feature_temperature")) + 1 == 4
+    assert len(values("teacher_quality", "teacher_steps")) == len(values("teacher_quality", "repository_training")) == 3
+    assert values("distance", "teacher_contrast") == {"pd_fs", "t1"}
+    feature, response = (values("weights", name) - {None} for name in ("feature_weight", "response_weight"))
+    assert min(feature) < REFERENCE.feature_weight < max(feature) and max(response) > REFERENCE.response_weight
     assert {p.teacher_update for p in grids.grid("teacher_updates", REFERENCE)} >= {
         RELEASE,
         TeacherUpdate("hand_over", REFERENCE.rounds // 3, 0.1),
+        TeacherUpdate("hand_over", REFERENCE.rounds // 3, 1.0),
     }
+
+
+@pytest.mark.parametrize("profile", list(PROFILES.values()), ids=list(PROFILES))
+def test_the_released_weight_is_a_mean_over_the_channels_of_the_profiles_bottleneck(profile: Any) -> None:
+    network = networks.build_network(profile, 0).eval()
+    _, features = network.forward_with_features(torch.zeros(1, 1, *(2 * stride for stride in network.strides)))
+    weights = {dict(point.changes).get("feature_weight") for point in grids.grid("weights", profile, [0])}
+    assert features.shape[1] == networks.bottleneck_width(profile) and 1 / features.shape[1] in weights
+
+
+def test_new_knees_are_another_cohort_in_name_and_record() -> None:
+    points = grids.grid("new_knees", REFERENCE)
+    assert {point.cohort_seed for point in points} == {1} and {point.seed for point in points} == set(grids.SEEDS)
+    assert all("-cohort_1-seed" in point.name and not point.changes for point in points)
+    point = points[0]
+    assert records.made_with(point, REFERENCE)["cohort_seed"] == 1
+    assert "cohort_seed" not in records.made_with(replace(point, cohort_seed=0), REFERENCE)
+
+
+def test_a_reader_is_told_in_words_what_differs() -> None:
+    points = [*grids.grid("all", REFERENCE, [0]), *grids.grid("new_knees", REFERENCE, [0])]
+    said = {point.label: grids.in_words(point.label) for point in points}
+    assert said["feature_temperature_0.5"] == "feature temperature 0.5" and said[""] == ""
+    assert said["response_weight_1.0+response_ramp_0.0"] == "response weight 1.0, no ramp"
+    updates = ["handed over slowly", "handed over at once", "erased as released"]
+    assert [grids.in_words(p.label) for p in grids.grid("teacher_updates", REFERENCE, [0])[:3]] == updates
+    # Every wording is used, and no two points of a grid are said to be the same.
+    assert set(grids._IN_WORDS.values()) <= {part for words in said.values() for part in words.split(", ")}
+    assert len(set(said.values())) == len(said)
 
 
 def test_points_are_chosen_by_name_and_shared_between_processes() -> None:
@@ -142,6 +181,24 @@ def test_a_stopped_grid_goes_on_inside_the_point_with_the_same_numbers(
         if name not in ("seconds", "data_seconds", "cpu_seconds", "teacher_cpu_seconds")
     ]
     assert a.history_frame()[columns].equals(b.history_frame()[columns])
+
+
+def test_a_record_that_cannot_be_written_costs_no_training(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Point("fedavg", "paper_like", 3)
+
+    def full(*args: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(records, "write_record", full)
+    with pytest.raises(OSError, match="No space"):
+        go([point], tmp_path, cache)
+    monkeypatch.undo()
+    assert list((cache / "runs").glob("*fedavg-seed3*"))
+    monkeypatch.setattr(federation, "client_update", lambda *a, **m: pytest.fail("trained again"))
+    standing, _ = go([point], tmp_path, cache)
+    assert list(standing.done) == [point] and not list((cache / "runs").glob("*fedavg-seed3*"))
 
 
 def test_stale_results_are_reported_with_their_reasons_and_made_again_on_demand(
@@ -237,9 +294,19 @@ def test_rates_are_chosen_on_validation_and_used(cache: Path, tmp_path: Path, mo
     assert points[1].settings(TINY).learning_rate == TINY.learning_rate
     own = replace(points[0], changes=(("learning_rate", 0.5),))
     assert own.settings(TINY).learning_rate == 0.5
-    (tmp_path / "learning_rates.json").write_text("{")
-    with pytest.raises(ValueError, match="learning_rates.json: damaged"):
-        runner.chosen_rates(tmp_path)
+    monkeypatch.undo()
+    _, said = go([Point("local_only", "paper_like")], tmp_path, cache)
+    assert said[1] == "not tuned, at the profile's learning rate: local_only (see `tune`)"
+    longer: list[str] = []
+    monkeypatch.setattr(experiments, "validated", lambda *args, **more: 0.5)
+    runner.tune(["fedavg"], replace(TINY, batch_labelled=TINY.batch_labelled + 1), tmp_path, cache, say=longer.append)
+    assert longer[0] == "8 trials: 0 done, 8 to run"  # what was tried with other settings says nothing
+    for text in ("{", '{"rows": {"fedavg": {"trials": 3}}}', '{"rows": []}'):
+        (tmp_path / "learning_rates.json").write_text(text)
+        with pytest.raises(ValueError, match="learning_rates.json: damaged"):
+            runner.chosen_rates(tmp_path)
+        with pytest.raises(ValueError, match="learning_rates.json: damaged"):
+            runner.tune(["fedavg"], TINY, tmp_path, cache, say=lambda text: None)
 
 
 def test_a_stopped_search_keeps_its_trials(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +321,7 @@ def test_a_stopped_search_keeps_its_trials(cache: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(experiments, "validated", validated)
     with pytest.raises(KeyboardInterrupt):
         runner.tune(["fedavg"], TINY, tmp_path, cache, say=lambda text: None)
+    assert runner.chosen_rates(tmp_path) == {}  # three of eight trials choose nothing
     said: list[str] = []
     rates = runner.tune(["fedavg"], TINY, tmp_path, cache, say=said.append)
     assert said[0] == "8 trials: 3 done, 5 to run"
@@ -291,6 +359,12 @@ def test_seconds_are_measured_by_row_and_replace_those_of_the_runs(cache: Path, 
     assert statistics.course_of(timed[1])["dice"].equals(statistics.course_of(runs[1])["dice"])
     with pytest.raises(ValueError, match=r"no seconds for pooled: run `python -m fedkd_utils seconds`"):
         records.with_seconds(go([Point("pooled", "paper_like")], tmp_path, cache)[0].done.values(), path)
+    longer = replace(TINY, steps_per_epoch=TINY.steps_per_epoch + 1)
+    changed = go([Point("fedavg", "paper_like")], tmp_path / "longer", cache, profile=longer)[0].done.values()
+    with pytest.raises(ValueError, match="fedavg was timed with other settings"):
+        records.with_seconds(changed, path)
+    rounds = go([Point("fedavg", "paper_like")], tmp_path / "rounds", cache, profile=replace(TINY, rounds=1))[0]
+    assert records.with_seconds(rounds.done.values(), path)
     other = [Point("fedavg", "paper_like", changes=(("batch_labelled", 1),))]
     with pytest.raises(ValueError, match="only rows as they are were timed"):
         records.with_seconds(go(other, tmp_path, cache)[0].done.values(), path)
@@ -333,6 +407,11 @@ def test_the_command_line_lists_runs_tunes_and_reports(
     assert "seconds.json" in call("seconds", "--profile", "tiny")
     text = call("results", "--profile", "tiny", *seeds)
     assert "rows: " in text and "dual_kd minus it +0.000 [+0.000, +0.000]" in text
+    monkeypatch.setattr(federation, "client_update", lambda *a, **m: (_ for _ in ()).throw(TrainingError("diverged")))
+    assert __main__.main(["run", *rows, "--only", "fedprox-*"]) == 1
+    told = capsys.readouterr()
+    assert "fedprox-paper_like-seed0 has no result: diverged" in told.out
+    assert "2 points have no result" in told.err and "fedprox-paper_like-seed1" in told.err
     assert __main__.main(["run", "--profile", "tiny", "--part", "2"]) == 1
     assert "--part takes two numbers" in capsys.readouterr().err
     assert __main__.main(["run", "--grid", "none"]) == 1 and "There is no grid" in capsys.readouterr().err

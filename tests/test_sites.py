@@ -807,6 +807,8 @@ def prepared(two: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_row_that_needs_the_scanners_sequences_is_refused_on_own_sites(prepared: Path) -> None:
     with pytest.raises(ValueError, match="which volumes do not hold: run teacher_random"):
         experiments.run_sites("mixed_protocols", sites.open_sites(prepared), OWN, show_progress=False)
+    with pytest.raises(ValueError, match="contrast of made knees only: run teacher_random"):
+        experiments.run_sites("finetune_recontrasted", sites.open_sites(prepared), OWN, show_progress=False)
 
 
 @pytest.mark.parametrize(
@@ -838,6 +840,8 @@ def test_a_repository_of_ones_own_teaches_what_it_labels(prepared: Path) -> None
     )
     cohort = sites.open_sites(prepared)
     assert cohort.repository.name == "repository" and len(cohort.clients) == 2
+    anyway = experiments.run_sites("teacher_random", cohort, OWN, show_progress=False)
+    assert anyway.teacher["weights_sha256"] == made.teacher["weights_sha256"]  # as without a repository
     taught = experiments.run_sites("teacher_only", cohort, OWN, show_progress=False)
     assert taught.teacher["weights_sha256"] != made.teacher["weights_sha256"]
     assert set(taught.best_round) == {"north", "Süd Klinik"}
