@@ -260,7 +260,7 @@ def test_what_the_page_says_of_the_targets_is_so():
 
 
 def test_a_teacher_takes_longer_than_the_near_rival():
-    """So say the page and notebook 09, claim 4."""
+    """So says the page."""
     rows = bench.PROJECT / "data" / "results" / "reference"
     seconds = [
         json.loads(path.read_bytes())["teacher"]["seconds"] for path in rows.glob("dual_kd-paper_like-seed?.json")
