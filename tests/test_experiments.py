@@ -329,8 +329,8 @@ def test_the_few_labels_choose_the_teacher_and_both_are_paid_for(
         scan = blobs(subject, scanner, scan_seed)
         return replace(scan, image=scan.image.max() - scan.image)
 
-    def make(settings: Any, contrast: str = "repository_dess", **more: Any) -> Any:
-        return original(settings, contrast, **{**more, **({"scan": inverted} if contrast == blind else {})})
+    def make(settings: Any, contrast: str = "repository_dess", *args: Any, **more: Any) -> Any:
+        return original(settings, contrast, *args, **{**more, **({"scan": inverted} if contrast == blind else {})})
 
     monkeypatch.setattr(cohorts, "make_repository", make)
     settings = replace(TINY, teacher_steps=60)
