@@ -833,9 +833,7 @@ def test_a_damaged_checkpoint_begins_again_and_one_of_another_run_is_refused(
         with pytest.raises(FederationError, match="round.safetensors belongs to a run with other.*delete"):
             run(folder=tmp_path, **other)
     assert path.read_bytes() == kept
-    monkeypatch.setattr(
-        checkpoints, "surroundings", lambda: {"device": "another"}
-    )  # what it had begun is no part of it
+    monkeypatch.setattr(checkpoints, "surroundings", lambda: {"device": "another"})
     with pytest.raises(FederationError, match="versions or device"):
         run(folder=tmp_path)
     assert path.read_bytes() == kept

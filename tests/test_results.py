@@ -165,19 +165,27 @@ def test_notebook_07_says_what_its_lines_of_labels_knees_and_hospitals_show():
 def test_notebook_07_says_which_interval_is_the_odd_one():
     """Its figures of masks and of normalisation count the intervals that hold zero; its prose names the others."""
 
-    def effect(row: str, setting: str, change: str) -> statistics.Interval:
-        runs = records.shared_seeds({what: runs_of(f"{row}-{setting}{what}") for what in (f"-{change}", "")})
-        return statistics.difference(*runs.values())
-
-    stricter = effect("strong_kd", "heterogeneous", "mask_classes_2")
+    stricter = minus("strong_kd-heterogeneous-mask_classes_2", "strong_kd-heterogeneous")
     assert stricter.high < 0 and 0.01 < -stricter.mean < 0.02  # "costs more than a hundredth"
-    plain, distilled = (effect(row, "paper_like", "normalisation_batch") for row in ("fedavg", "dual_kd"))
+    plain, distilled = (
+        minus(f"{row}-paper_like-normalisation_batch", f"{row}-paper_like") for row in ("fedavg", "dual_kd")
+    )
     assert max(plain.high, distilled.high) < 0  # "with distillation as without"
     assert 0.005 < -max(plain.mean, distilled.mean) and -min(plain.mean, distilled.mean) < 0.015
 
 
 def minus(one: str, other: str) -> statistics.Interval:
     return statistics.difference(*records.shared_seeds({"one": runs_of(one), "other": runs_of(other)}).values())
+
+
+def test_notebook_07_says_what_the_rows_beyond_the_paper_are():
+    beyond = {point.row for point in grids.grid("beyond", PROFILES["reference"], [0])}
+    assert len(beyond) == 20  # "there are twenty of them"
+    strong, small = (ROWS[row].adapt(PROFILES["reference"]) for row in ("strong_kd", "small_kd"))
+    assert strong.response_weight == 10 * PROFILES["reference"].response_weight and strong.response_ramp == 0
+    assert small.student_shrink == 4 and small.feature_weight == 0
+    ours = ROWS["combined_kd"]
+    assert ours.weighs_trust and ours.starts_at_teacher and ours.changes["teacher_contrast"] == "random"
 
 
 def test_notebook_07_says_what_teachers_and_labels_are_worth():
@@ -193,9 +201,8 @@ def test_notebook_07_says_what_teachers_and_labels_are_worth():
     for rival in ("fedavg", "mean_teacher"):  # "with T1 it is above FedAvg and the mean teacher, with DESS below both"
         assert minus("dual_kd-heterogeneous-teacher_contrast_t1", f"{rival}-heterogeneous").low > 0
         assert minus("dual_kd-heterogeneous", f"{rival}-heterogeneous").high < 0
-    assert (
-        minus("finetune-paper_like-teacher_contrast_t1", "fedavg-paper_like").low > 0
-    )  # "is still worth starting from"
+    # "is still worth starting from", "there, dual distillation ends where FedAvg does"
+    assert minus("finetune-paper_like-teacher_contrast_t1", "fedavg-paper_like").low > 0
     assert not minus("dual_kd-paper_like-teacher_contrast_t1", "fedavg-paper_like").excludes_zero
     erased = [minus(f"dual_kd-{setting}-release", f"fedavg-{setting}") for setting in grids.BOTH]
     assert not erased[0].excludes_zero and erased[1].high < 0  # "nothing is left", "even erased ... below FedAvg"
@@ -206,10 +213,7 @@ def test_notebook_07_says_what_teachers_and_labels_are_worth():
     for setting in grids.BOTH:  # FedBN "mends nothing here"
         assert minus(f"fedbn-{setting}", f"fedavg_bn-{setting}").mean < 0
         for row, teacher in (("small_kd", "teacher_only"), ("small_kd_random", "teacher_random")):
-            for other in (
-                "local_only",
-                teacher,
-            ):  # "is below a hospital that trains a whole network alone", "its own teacher"
+            for other in ("local_only", teacher):  # "below a hospital ... alone", "and below its own teacher"
                 assert minus(f"{row}-{setting}", f"{other}-{setting}").high < 0
 
 

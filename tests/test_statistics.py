@@ -200,9 +200,8 @@ def test_who_chooses_a_round_alone_has_the_dice_of_the_models_so_far() -> None:
     shared, alone = (Run(row=row, history=history, messages=[]) for row in ("dual_kd", "local_uamt"))
     assert list(statistics.course_of(shared)["dice"]) == pytest.approx([0.55, 0.4])
     assert list(statistics.course_of(alone)["dice"]) == pytest.approx([0.55, 0.7])
-    assert statistics.final_dice([shared]) == pytest.approx(0.55) and statistics.final_dice([alone]) == pytest.approx(
-        0.7
-    )
+    assert statistics.final_dice([shared]) == pytest.approx(0.55)
+    assert statistics.final_dice([alone]) == pytest.approx(0.7)
     assert statistics.reach(alone, 0.7) == statistics.Reach(2, 2.0, 0.0)
 
 
