@@ -395,7 +395,7 @@ ROWS: dict[str, Method] = {
         ),
         Method(
             "small_kd_random",
-            "Strong response, small student, any-contrast teacher",
+            "Strong response weighted by trust, small student, any-contrast teacher",
             dual_distillation,
             "ours",
             _RANDOM,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ class Measured(Protocol):
     @property
     def seed(self) -> int: ...
     @property
-    def messages(self) -> list[dict[str, object]]: ...
+    def messages(self) -> list[dict[str, Any]]: ...
     def test_frame(self) -> pd.DataFrame:
         """Per client, case, class and component choice: the metrics."""
         ...
@@ -191,17 +191,21 @@ def course_of(result: Measured) -> pd.DataFrame:
     those of all clients in both directions, the first messages included. Round 0 is before training.
     """
     history = result.history_frame()
-    columns = [name for name in ("cpu_seconds", "teacher_cpu_seconds") if name in history]
-    lasted = history[columns].fillna(0.0).sum(axis=1).groupby(history["round"]).max()
-    by_client = history.set_index(["round", "client"])["validation"].unstack("client")
+    rounds, when = np.unique(history["round"].to_numpy(), return_inverse=True)
+    clients, who = np.unique(history["client"].to_numpy(str), return_inverse=True)
+    dice, seconds = np.full((len(rounds), len(clients)), np.nan), np.zeros((len(rounds), len(clients)))
+    dice[when, who] = history["validation"]
+    for name in ("cpu_seconds", "teacher_cpu_seconds"):
+        if name in history:
+            seconds[when, who] += np.nan_to_num(history[name].to_numpy(np.float64))
     if result.row in ROWS and not ROWS[result.row].shares_model:
-        by_client = by_client.cummax()
-    dice = by_client.mean(axis=1)
-    messages = pd.DataFrame(result.messages, columns=["round", "bytes"]).groupby("round")["bytes"].sum()
-    sent = messages.reindex(range(int(dice.index.max()) + 1), fill_value=0).cumsum() / 1e6
-    return pd.DataFrame(
-        {"round": dice.index, "dice": dice.to_numpy(), "seconds": lasted.cumsum().to_numpy(), "mb": sent[dice.index]}
-    ).reset_index(drop=True)
+        dice = np.fmax.accumulate(dice, axis=0)
+    sent = np.zeros(int(rounds[-1]) + 1)
+    for message in result.messages:
+        if message["round"] < len(sent):
+            sent[message["round"]] += message["bytes"]
+    columns = {"dice": np.nanmean(dice, axis=1), "seconds": seconds.max(axis=1).cumsum()}
+    return pd.DataFrame({"round": rounds, **columns, "mb": sent.cumsum()[rounds] / 1e6})
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,8 @@ def reach_ratios(runs: Sequence[Measured], rival: Sequence[Measured], what: str)
         raise ValueError(f"Runs of seeds {seeds} cannot be held against those of seeds {others}: bring the same ones.")
     target, found = final_dice(rival), []
     for run, other in zip(runs, rival, strict=True):
-        there, own = reach(run, target), reach(other, final_dice([other]))
-        cost = 0.0 if own is None else getattr(own, what)
+        there, own = reach(run, target), course_of(other)
+        cost = float(own[what][own["dice"].idxmax()])
         found.append(math.inf if there is None or cost == 0 else getattr(there, what) / cost)
     return found
 
