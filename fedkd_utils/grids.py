@@ -181,10 +181,10 @@ def _privacy(profile: Settings) -> list[Point]:
 
 
 def _new_knees(profile: Settings) -> list[Point]:
-    """What is said of the improved row and of dual distillation, asked again of knees that nobody had looked at."""
-    near = _points(["fedavg", "mean_teacher", "dual_kd", "finetune", "mixed_protocols"])
-    far = _points(["fedavg", "pooled", "dual_kd", "mixed_protocols"], (FAR,))
-    return [replace(point, cohort_seed=1) for point in near + far]
+    """What is said of the improved row and of distillation, asked again of knees that nobody had looked at."""
+    asked = ["fedavg", "mean_teacher", "dual_kd", "trusted_kd", "dual_kd_random", "mixed_protocols"]
+    points = _points([*asked, "finetune"]) + _points([*asked, "pooled"], (FAR,))
+    return [replace(point, cohort_seed=1) for point in points]
 
 
 def _live(profile: Settings) -> list[Point]:
