@@ -105,6 +105,12 @@ def _weights(profile: Settings) -> list[Point]:
     return _points(["dual_kd"], (NEAR,), variants)
 
 
+def _rival_weights(profile: Settings) -> list[Point]:
+    """What our rows were given, given to the best rival: ten times the weight, and the strong response term."""
+    strong = (("response_weight", 1.0), ("response_ramp", 0.0), ("response_loss", "cross_entropy_dice"))
+    return _points(["mean_teacher"], BOTH, [*_one_by_one("response_weight", (1.0,)), strong])
+
+
 def _temperature(profile: Settings) -> list[Point]:
     """The temperature of the feature term."""
     return _points(["dual_kd"], (NEAR,), _one_by_one("feature_temperature", (0.5, 2.0, 4.0)))
@@ -231,6 +237,7 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "rows": _rows,
     "beyond": _beyond,
     "weights": _weights,
+    "rival_weights": _rival_weights,
     "temperature": _temperature,
     "labelled": _labelled,
     "unlabelled": _unlabelled,
