@@ -105,12 +105,6 @@ def _weights(profile: Settings) -> list[Point]:
     return _points(["dual_kd"], (NEAR,), variants)
 
 
-def _rival_weights(profile: Settings) -> list[Point]:
-    """What our rows were given, given to the best rival: ten times the weight, and the strong response term."""
-    strong = (("response_weight", 1.0), ("response_ramp", 0.0), ("response_loss", "cross_entropy_dice"))
-    return _points(["mean_teacher"], BOTH, [*_one_by_one("response_weight", (1.0,)), strong])
-
-
 def _temperature(profile: Settings) -> list[Point]:
     """The temperature of the feature term."""
     return _points(["dual_kd"], (NEAR,), _one_by_one("feature_temperature", (0.5, 2.0, 4.0)))
@@ -186,6 +180,12 @@ def _privacy(profile: Settings) -> list[Point]:
     return _points(["fedavg"], (NEAR,), [(clip,), *noises])
 
 
+def _rival_weights(profile: Settings) -> list[Point]:
+    """What our rows were given, given to the best rival: ten times the weight, and the strong response term."""
+    strong = (("response_weight", 1.0), ("response_ramp", 0.0), ("response_loss", "cross_entropy_dice"))
+    return _points(["mean_teacher"], BOTH, [*_one_by_one("response_weight", (1.0,)), strong])
+
+
 def _new_knees(profile: Settings) -> list[Point]:
     """What is said of the improved row and of distillation, asked again of knees that nobody had looked at."""
     asked = ["fedavg", "mean_teacher", "dual_kd", "trusted_kd", "dual_kd_random", "mixed_protocols"]
@@ -237,7 +237,6 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "rows": _rows,
     "beyond": _beyond,
     "weights": _weights,
-    "rival_weights": _rival_weights,
     "temperature": _temperature,
     "labelled": _labelled,
     "unlabelled": _unlabelled,
@@ -250,6 +249,7 @@ GRIDS: dict[str, Callable[[Settings], list[Point]]] = {
     "normalisation": _normalisation,
     "compression": _compression,
     "privacy": _privacy,
+    "rival_weights": _rival_weights,
     "new_knees": _new_knees,
     "live": _live,
     "project": _project,
@@ -267,8 +267,8 @@ _IN_WORDS = {
     "cohort_1": "new knees",
 }
 
-#: In no table: other knees, what notebook 07 runs again, and what the final project is scored against.
-_APART = ("new_knees", "live", "project")
+#: No ablation: what was asked when results had been seen, what notebook 07 runs again, the rivals of the final project.
+APART = ("rival_weights", "new_knees", "live", "project")
 
 
 def in_words(label: str) -> str:
@@ -287,6 +287,6 @@ def grid(name: str, profile: Settings, seeds: Sequence[int] = SEEDS) -> list[Poi
     """
     if name != "all" and name not in GRIDS:
         raise ValueError(f"There is no grid {name!r}: choose all or one of {', '.join(GRIDS)}.")
-    chosen = [key for key in GRIDS if name == key or (name == "all" and key not in _APART)]
+    chosen = [key for key in GRIDS if name == key or (name == "all" and key not in APART)]
     once = [point for key in chosen for point in GRIDS[key](profile)]
     return [replace(point, seed=seed) for seed in seeds for point in dict.fromkeys(once)]

@@ -37,7 +37,7 @@ def test_every_grid_is_whole_and_its_points_are_told_apart(profile: Any) -> None
     for name in grids.GRIDS:
         points = grids.grid(name, profile)
         assert points and {point.seed for point in points} == set(grids.SEEDS)
-        assert (set(points) <= set(whole)) == (name not in ("new_knees", "live", "project"))
+        assert (set(points) <= set(whole)) == (name not in grids.APART)
         assert grids.GRIDS[name].__doc__
     for point in whole:
         assert point.row in ROWS and set(point.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_+-.")
@@ -90,6 +90,16 @@ def test_new_knees_are_another_cohort_in_name_and_record() -> None:
     point = points[0]
     assert records.made_with(point, REFERENCE)["cohort_seed"] == 1
     assert "cohort_seed" not in records.made_with(replace(point, cohort_seed=0), REFERENCE)
+
+
+def test_the_best_rival_is_given_what_rows_of_ours_were_given() -> None:
+    points = grids.grid("rival_weights", REFERENCE, [0])
+    assert {(point.row, point.setting) for point in points} == {("mean_teacher", setting) for setting in grids.BOTH}
+    given = [ROWS["mean_teacher"].adapt(point.settings(REFERENCE)) for point in points]
+    ours = ROWS["strong_kd"].adapt(REFERENCE)
+    assert {settings.response_weight for settings in given} == {ours.response_weight}
+    shapes = {(settings.response_loss, settings.response_ramp) for settings in given}
+    assert shapes == {(s.response_loss, s.response_ramp) for s in (REFERENCE, ours)}
 
 
 def test_a_reader_is_told_in_words_what_differs() -> None:
