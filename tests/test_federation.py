@@ -400,6 +400,25 @@ def test_every_row_sees_the_same_volumes_in_the_same_order_from_the_same_start()
             assert all(torch.equal(first[name], tensor) for name, tensor in plain.items()), row
 
 
+def test_every_row_that_looks_at_unlabelled_volumes_sees_the_same_ones_in_the_same_order() -> None:
+    seen: dict[str, list[str]] = {}
+
+    def watch(row: str) -> Any:
+        def objective(network: Any, batch: Any, progress: float, settings: Any) -> Any:
+            if batch.unlabelled is not None:
+                seen.setdefault(row, []).append(state_hash({"x": batch.unlabelled}))
+            assert ROWS[row].objective is not None
+            return ROWS[row].objective(network, batch, progress, settings)
+
+        return objective
+
+    for row in TRAINED:
+        updated(row, method=replace(ROWS[row], objective=watch(row)))
+    assert {"uamt", "local_uamt", "ssfl_released", "ssfl_published", "fedsemi", "dual_kd", "trusted_kd"} <= set(seen)
+    assert all(lines == seen["dual_kd"] and len(lines) == 4 for lines in seen.values())
+    assert len(set(seen["dual_kd"])) > 1
+
+
 @pytest.mark.parametrize("row", TRAINED)
 def test_no_row_draws_from_the_state_that_was_left_behind(row: str) -> None:
     torch.manual_seed(1)
@@ -429,11 +448,19 @@ def test_the_limiting_cases_of_every_row_are_fedavg_bit_by_bit() -> None:
     assert equal(pooled.models["south"], federation.run_federation(TINY, "fedavg", SITES[:1], seed=0).models["south"])
 
 
+def cross_entropy_alone(network: Any, batch: Any, progress: float, settings: Any) -> dict[str, torch.Tensor]:
+    return {"loss": torch.nn.functional.cross_entropy(network(batch.images), batch.labels.squeeze(1).long())}
+
+
 def test_a_threshold_that_nobody_reaches_removes_pseudo_labels() -> None:
     """1 is never reached by these students; in the rows of SSFL the supervised part alone is left."""
     never = ROWS["fedsemi"].changes | {"confidence": 1.0}
     assert equal(updated("fedsemi", method=replace(ROWS["fedsemi"], changes=never)).state, updated("fedavg").state)
     assert not equal(updated("fedsemi").state, updated("fedavg").state)
+    released = replace(ROWS["ssfl_released"], changes=ROWS["ssfl_released"].changes | {"confidence": 1.0})
+    plain = replace(ROWS["fedavg"], objective=cross_entropy_alone, changes=ROWS["ssfl_released"].changes)
+    assert equal(updated("ssfl_released", method=released).state, updated("fedavg", method=plain).state)
+    assert not equal(updated("ssfl_released").state, updated("fedavg", method=plain).state)
     published = replace(ROWS["ssfl_published"], changes={"confidence": 1.0}, groups=False)
     assert equal(updated("ssfl_published", method=published).state, updated("fedavg").state)
 
