@@ -51,7 +51,7 @@ test: .venv/engine  ## lint, types, unit tests, then every notebook strictly aga
 lab: setup  ## open the course in JupyterLab
 	@$(BIN)/jupyter lab notebooks/00_start_here.ipynb
 
-results: setup  ## tune every row, run every grid of the reference profile and what notebooks compare with; 40 core hours, stop any time
+results: setup  ## tune every row, run every grid of the reference profile and what notebooks compare with; some 50 core hours, stop any time
 	@$(BIN)/python -m fedkd_utils tune --profile reference
 	@for grid in rows beyond all rival_weights new_knees; do $(BIN)/python -m fedkd_utils run --profile reference --grid $$grid || exit; done
 	@for grid in live project; do $(BIN)/python -m fedkd_utils run --profile quick --grid $$grid --seed 0 || exit; done
